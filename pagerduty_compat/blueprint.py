@@ -1,0 +1,128 @@
+"""PagerDuty's two endpoints as a Flask blueprint: HTTP and nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+from flask import Blueprint, Response, request
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.wsgi import get_content_length, get_input_stream
+
+from .events import MAX_BYTES, InvalidEvent, UnrecognizedObject, parse
+
+log = logging.getLogger(__name__)
+
+_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE")
+
+# What is over the limit is read as well, up to here, and thrown away: a client that sends
+# its whole body before it reads would otherwise see a reset in place of the answer.
+_MAX_BYTES_READ = 16 * MAX_BYTES
+_CHUNK = 65_536
+
+
+def events_blueprint(on_event: Callable[[dict[str, Any]], object]) -> Blueprint:
+    """Return a blueprint that answers `/v2/enqueue` and `/v2/change/enqueue` as PagerDuty.
+
+    It can be registered under any prefix, and again under another name.
+
+    Args:
+        on_event: the handler, called once for each accepted event, in the request's thread
+            or greenlet, before the client is told that the event was processed. An alert
+            event always has its `dedup_key`; a change event has none, and no
+            `event_action`. What it returns is ignored. If it raises, the client gets an
+            error of the 5xx class and sends the event again, so it must be idempotent on
+            `dedup_key` (one that was generated is new each time). An exception of
+            `werkzeug.exceptions`, ServiceUnavailable say, sets the status itself.
+    """
+    blueprint = Blueprint("pagerduty_compat", __name__)
+
+    def enqueue(change: bool) -> Response:
+        if request.method != "POST":
+            raise MethodNotAllowed(["POST"])
+        try:
+            event = parse(_body(), change=change, routing_key=request.headers.get("X-Routing-Key"))
+        except InvalidEvent as error:
+            kind = "a change event" if change else "an alert event"
+            log.warning(
+                "refused %s from %s: %s", kind, request.remote_addr, "; ".join(error.errors)
+            )
+            return answer(400, error.status, error.message, errors=list(error.errors))
+        if change:
+            on_event(event)
+            return answer(202, "success", "Change event processed")
+        if not event.get("dedup_key"):
+            event["dedup_key"] = uuid4().hex
+        on_event(event)
+        return answer(202, "success", "Event processed", dedup_key=event["dedup_key"])
+
+    for path, change in (("/v2/enqueue", False), ("/v2/change/enqueue", True)):
+        blueprint.add_url_rule(
+            path,
+            endpoint="change_event" if change else "alert_event",
+            view_func=enqueue,
+            defaults={"change": change},
+            methods=_METHODS,  # the others too, or Flask would refuse them in HTML
+            provide_automatic_options=False,
+            strict_slashes=False,  # with a slash at the end too, and never a redirect
+            merge_slashes=False,
+        )
+    blueprint.register_error_handler(HTTPException, http_error)
+    return blueprint
+
+
+def answer(code: int, status: str, message: str, **members: Any) -> Response:
+    """Return a response of PagerDuty's shape: `status`, `message`, and what else is given.
+
+    Flask's own JSON settings belong to the app; PagerDuty's clients must not depend on them.
+    """
+    body = json.dumps({"status": status, "message": message, **members})
+    return Response(body, code, mimetype="application/json")
+
+
+def http_error(error: HTTPException) -> Response:
+    """Return any error of HTTP as JSON in PagerDuty's shape, its own headers kept."""
+    code = error.code or 500
+    response = answer(
+        code, error.name.lower(), _MESSAGES.get(code, error.name), errors=[error.name]
+    )
+    for name, value in error.get_headers():
+        if name != "Content-Type":
+            response.headers[name] = value
+    return response
+
+
+_MESSAGES = {
+    404: "There is nothing here: events go to /v2/enqueue and /v2/change/enqueue",
+    405: "Method not allowed: events are sent with POST",
+    500: "Event was not processed. Please retry later.",
+    503: "Event was not processed. Please retry later.",
+}
+
+
+def _body() -> bytes:
+    """Return the body of the request, whole or not at all.
+
+    Raises:
+        InvalidEvent: it breaks off, or it is compressed. A body over the limit comes back
+            as one that is one byte too long.
+    """
+    if request.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
+        raise InvalidEvent("content_encoding:value")
+    stream = get_input_stream(request.environ)
+    body = bytearray()
+    read = 0
+    try:
+        while read <= _MAX_BYTES_READ and (chunk := stream.read(_CHUNK)):
+            read += len(chunk)
+            body += chunk[: MAX_BYTES + 1 - len(body)]
+    except Exception as error:
+        # WSGI names no exception for a body that breaks off or is chunked wrongly; each
+        # server raises its own.
+        raise UnrecognizedObject("json:value") from error
+    if len(body) <= MAX_BYTES and read < (get_content_length(request.environ) or 0):
+        raise UnrecognizedObject("json:value")
+    return bytes(body)
