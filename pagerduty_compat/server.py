@@ -1,0 +1,128 @@
+"""The service as a WSGI app: the blueprint, events to stdout, health."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+from flask import Flask, Response, jsonify, request
+from werkzeug.exceptions import HTTPException, NotFound, ServiceUnavailable
+
+from .blueprint import answer, events_blueprint, http_error
+from .stdout import EventWriter, NotWritten
+
+log = logging.getLogger("pagerduty_compat")
+
+_PREFIX = "PAGERDUTY_COMPAT_"
+
+# When a client is asked to come back after a line could not be written.
+_RETRY_AFTER_SECONDS = 5
+
+
+class InvalidSetting(ValueError):
+    """A setting that the service cannot start with; its text is one line for people."""
+
+
+class _Setting(NamedTuple):
+    type: type[float]
+    low: float
+    high: float
+    default: float
+
+
+_SETTINGS = {
+    # Seconds for one line to reach stdout, before the client gets a 503.
+    "STDOUT_TIMEOUT": _Setting(float, 0.1, 60, 3.0),
+}
+
+
+def read_settings(environ: Mapping[str, str]) -> dict[str, float]:
+    """Return each setting by its name without the prefix `PAGERDUTY_COMPAT_`.
+
+    An unknown name is a warning: Kubernetes makes some up for a Service of our name.
+
+    Raises:
+        InvalidSetting: a value is not of its type or out of bounds.
+    """
+    for name in environ:
+        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _SETTINGS:
+            log.warning("unknown setting %s is ignored", name)
+    return {name: _read(name, environ.get(_PREFIX + name)) for name in _SETTINGS}
+
+
+def _read(name: str, text: str | None) -> float:
+    setting = _SETTINGS[name]
+    if text is None:
+        return setting.default
+    try:
+        value = setting.type(text)
+    except ValueError:
+        value = None
+    if value is None or not setting.low <= value <= setting.high:
+        raise InvalidSetting(
+            f"{_PREFIX}{name} must be a number from {setting.low:g} to {setting.high:g}"
+        )
+    return value
+
+
+def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
+    """Return the service: accepted events go to stdout, and all else to the log.
+
+    Raises:
+        InvalidSetting: a setting is wrong, or stdout is closed.
+    """
+    _log_where_gunicorn_does()
+    settings = read_settings(environ)
+    if sys.stdout is None:  # descriptor 1 is free then, and may soon be some socket
+        raise InvalidSetting("stdout is closed: there is nowhere to print events")
+    writer = EventWriter(fd=1, timeout=settings["STDOUT_TIMEOUT"])
+
+    def print_event(event: dict[str, Any]) -> None:
+        try:
+            writer.write(event)
+        except NotWritten as error:
+            log.error("an event was not accepted: %s", error)
+            raise ServiceUnavailable(retry_after=_RETRY_AFTER_SECONDS) from error
+
+    release = version("pagerduty-compat")
+    app = Flask(__name__, static_folder=None)
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # they would not be JSON
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False  # a redirect, in HTML
+    app.register_blueprint(events_blueprint(print_event))
+    app.register_error_handler(HTTPException, http_error)
+
+    @app.before_request
+    def refuse_double_slash() -> None:
+        # Werkzeug drops slashes in front; within the path a double one is a 404 too.
+        if request.environ["PATH_INFO"].startswith("//"):
+            raise NotFound
+
+    @app.get("/-/healthy")
+    def healthy() -> Response:
+        return answer(200, "healthy", "The service is running")
+
+    @app.get("/-/ready")
+    def ready() -> Response:
+        if writer.ready():
+            return answer(200, "ready", "Events can be accepted")
+        return answer(503, "not ready", "stdout cannot be written", errors=["stdout"])
+
+    @app.get("/version")
+    def show_version() -> Response:
+        return jsonify(name="pagerduty-compat", version=release)
+
+    return app
+
+
+def _log_where_gunicorn_does() -> None:
+    """Under gunicorn, log as it does: to stderr, in its format, at its level."""
+    gunicorn = logging.getLogger("gunicorn.error")
+    if gunicorn.handlers:
+        log.handlers = gunicorn.handlers
+        log.setLevel(gunicorn.level)
+        log.propagate = False
