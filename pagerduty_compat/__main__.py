@@ -1,0 +1,105 @@
+"""The command `pagerduty-compat`: check event files, or run the service."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import BinaryIO, NoReturn
+
+from .events import MAX_BYTES, InvalidEvent, parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    parser = argparse.ArgumentParser(prog="pagerduty-compat", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    check = commands.add_parser(
+        "validate",
+        help="check event files as the service would",
+        description="Check that each file holds one event that PagerDuty's Events API v2 accepts."
+        " Prints a line for each thing that is wrong. Needs no web framework.",
+        epilog="exit status: 0 all are valid, 1 an event is refused, 2 a file cannot be read",
+    )
+    check.add_argument("files", nargs="+", metavar="FILE", help="an event as JSON, - for stdin")
+    check.add_argument("--change", action="store_true", help="they are change events")
+    check.add_argument(
+        "--routing-key",
+        metavar="KEY",
+        help="stands for the routing key of events that have none, as X-Routing-Key does",
+    )
+
+    commands.add_parser(
+        "serve",
+        help="run the service: events in over HTTP, out on stdout",
+        description="Run the service under gunicorn, on 0.0.0.0 and $PORT (8080 if unset)."
+        " Each accepted event is one line of JSON on stdout; the log is on stderr.",
+        usage="pagerduty-compat serve [GUNICORN OPTION ...]",
+        epilog="Options are gunicorn's: --bind 127.0.0.1:9000, --workers 2, --certfile FILE"
+        " --keyfile FILE, --print-config. `gunicorn --help` lists them all.",
+    )
+
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "serve":
+        serve(rest)
+    if rest:
+        check.error(f"unrecognized arguments: {' '.join(rest)}")
+    return validate(args.files, change=args.change, routing_key=args.routing_key)
+
+
+def validate(files: Sequence[str], *, change: bool, routing_key: str | None) -> int:
+    """Print what is wrong with the event in each file.
+
+    Returns 0 if all are valid, 1 if one is refused, and 2 if a file cannot be read, in
+    which case the others are judged all the same.
+    """
+    status = 0
+    for file in files:
+        try:
+            body = _read(file)
+        except OSError as error:
+            print(f"{file}: {error.strerror}", file=sys.stderr)
+            status = 2
+            continue
+        try:
+            parse(body, change=change, routing_key=routing_key)
+        except InvalidEvent as refusal:
+            for sentence in refusal.errors:
+                print(f"{file}: {sentence}")
+            status = max(status, 1)
+    return status
+
+
+def _read(file: str) -> bytes:
+    # One byte over the limit is enough to know that it is exceeded.
+    if file == "-":
+        return sys.stdin.buffer.read(MAX_BYTES + 1)
+    stream: BinaryIO
+    with open(file, "rb") as stream:
+        return stream.read(MAX_BYTES + 1)
+
+
+def serve(options: Sequence[str]) -> NoReturn:
+    """Become gunicorn's master, with the packaged settings; `options` are gunicorn's."""
+    if find_spec("gunicorn") is None or find_spec("flask") is None:
+        raise SystemExit(
+            "pagerduty-compat: to serve, install the extra: pip install 'pagerduty-compat[server]'"
+        )
+    os.execv(
+        sys.executable,
+        [
+            sys.executable,
+            "-m",
+            "gunicorn",
+            "--config=python:pagerduty_compat.gunicorn_conf",
+            "pagerduty_compat.server:create_app()",
+            *options,
+        ],
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

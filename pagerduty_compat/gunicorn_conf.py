@@ -1,0 +1,84 @@
+"""How gunicorn runs the service, or any WSGI app: each setting with its reason.
+
+Use it with `gunicorn -c python:pagerduty_compat.gunicorn_conf APP`, or through
+`pagerduty-compat serve`; what is given on gunicorn's command line wins over it.
+
+gunicorn's master imports this module. It pulls in neither flask nor jsonschema: what the
+master has imported, a HUP does not load anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+_port = os.environ.get("PORT", "8080")
+if not (_port.isascii() and _port.isdigit() and 0 < int(_port) < 65536):
+    print("cannot start: PORT must be a number from 1 to 65535", file=sys.stderr)
+    raise SystemExit(2)
+
+# Where a container is expected to listen; gunicorn's own default is loopback.
+bind = f"0.0.0.0:{_port}"
+
+# One process with greenlets: silent and slow clients cost memory, not a thread. gevent needs
+# less CPU for a request than gthread here. gunicorn's own default is one sync worker, which
+# any client that does not finish its request stops.
+worker_class = "gevent"
+
+# Alertmanager keeps idle connections for 300 s, and counts one that the server closed first
+# as a failed notification now and then.
+keepalive = 320
+
+# Shorter than the 30 s that Kubernetes waits before it kills.
+graceful_timeout = 25
+
+# The workers' heartbeat files must not sit on a disk that may stall, and with a read-only
+# root there may be no other folder to write.
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+# It would need a home folder, which a service's user need not have.
+control_socket_disable = True
+
+# "auto" takes whatever gunicorn_h1c is installed, old and lenient ones too.
+http_parser = "python"
+
+# Nothing that a client says about a proxy is believed, from 127.0.0.1 neither: a SCRIPT_NAME
+# header would make every path a 404.
+forwarded_allow_ips = ""
+forwarder_headers = ""
+
+
+def on_starting(server: Any) -> None:
+    """Load the app in a child, before the port opens: what is wrong with it stops the start.
+
+    In a worker it would be a traceback, or a worker forked again and again. Here it is one
+    line on stderr and exit status 2; `--log-level debug` adds the traceback.
+    """
+    pid = os.fork()
+    if pid == 0:
+        logging.disable()  # what the app has to say at its start, the workers will say
+        status = 0
+        try:
+            server.app.wsgi()
+        except (Exception, SystemExit) as error:
+            print(f"cannot start: {error}", file=sys.stderr)
+            if server.cfg.loglevel == "debug":
+                traceback.print_exc()
+            status = 2
+        sys.stderr.flush()
+        os._exit(status)
+    if os.waitpid(pid, 0)[1]:
+        sys.exit(2)
+
+
+def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
+    """Let the other connections have their turn.
+
+    In a gevent worker a client that always has its next request ready would starve them;
+    there `time.sleep` is gevent's, and elsewhere this costs next to nothing.
+    """
+    time.sleep(0)
