@@ -1,0 +1,192 @@
+"""Real parts for the tests: the service under gunicorn, Alertmanager, plain HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KEY = "dummykey_length_is_32_characters"
+
+
+def trigger(**members: Any) -> dict[str, Any]:
+    """Return a small alert event that is accepted."""
+    payload = {"summary": "disk full", "source": "db1", "severity": "critical"}
+    return {"routing_key": KEY, "event_action": "trigger", "payload": payload, **members}
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: Any
+
+
+def ask(
+    url: str,
+    body: bytes | Iterator[bytes] | None = None,
+    *,
+    method: str = "POST",
+    headers: dict[str, str] | None = None,
+) -> Answer:
+    """Send one request; an iterator as body goes out chunked. The answer must be JSON."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=20)
+    path = url[url.index(parts.netloc) + len(parts.netloc) :]
+    try:
+        connection.request(method, path, body, headers or {}, encode_chunked=True)
+        response = connection.getresponse()
+        raw = response.read()
+    finally:
+        connection.close()
+    assert response.headers["Content-Type"] == "application/json"
+    return Answer(response.status, response.headers, json.loads(raw) if raw else None)
+
+
+def send(url: str, event: object, **headers: str) -> Answer:
+    return ask(url + "/v2/enqueue", json.dumps(event).encode(), headers=headers)
+
+
+def exchange(port: int, request: bytes, *, half_close: bool = True) -> bytes:
+    """Send raw bytes, and return all that comes back until the server closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(request)
+        if half_close:
+            connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+        return answer
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """Return the first true value of a condition, or fail after some seconds."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"nothing after {seconds} s"
+        time.sleep(0.02)
+    return value
+
+
+class Process:
+    """A server of a test, with its stdout read through a pipe, and ended by the test."""
+
+    def __init__(self, command: list[str], folder: Path, env: dict[str, str] | None = None):
+        self.stdout = b""
+        self._log = folder / f"{Path(command[0]).name}-{time.monotonic_ns()}.log"
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+            )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        while chunk := os.read(self.process.stdout.fileno(), 65536):
+            self.stdout += chunk
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """What is on stdout, one event a line; the last one must be whole."""
+        *lines, rest = self.stdout.split(b"\n")
+        assert rest == b""
+        return [json.loads(line) for line in lines]
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            status = self.process.wait(30)
+        finally:
+            self.process.kill()
+            self._reader.join(5)
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+        return status
+
+
+class Service(Process):
+    """`pagerduty-compat serve` on a free port, ready."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        port: int | None = None,
+        env: dict[str, str] | None = None,
+        command: tuple[str, ...] = ("-m", "pagerduty_compat", "serve"),
+    ):
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        bind = f"--bind=127.0.0.1:{self.port}"
+        super().__init__([sys.executable, *command, bind, *options], folder, env)
+        wait_for(self._is_ready)
+
+    def _is_ready(self) -> bool:
+        assert self.process.poll() is None, self.log
+        try:
+            return ask(self.url + "/-/ready", method="GET").status == 200
+        except OSError:
+            return False
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Start the service with some of gunicorn's options, as often as wanted."""
+    started: list[Service] = []
+
+    def start(*options: str, **settings: Any) -> Service:
+        started.append(Service(tmp_path, *options, **settings))
+        return started[-1]
+
+    yield start
+    for service in started:
+        service.stop()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The service as it is packaged, one for the tests of a module."""
+    service = Service(tmp_path_factory.mktemp("service"))
+    yield service
+    service.stop()
+
+
+def need(program: str, package: str) -> None:
+    """Skip where a program is missing; in CI that is a failure."""
+    import shutil
+
+    if shutil.which(program) is None:
+        reason = f"{program} is missing: apt-get install {package}"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
