@@ -86,21 +86,14 @@ def answer(code: int, status: str, message: str, **members: Any) -> Response:
 def http_error(error: HTTPException) -> Response:
     """Return any error of HTTP as JSON in PagerDuty's shape, its own headers kept."""
     code = error.code or 500
-    response = answer(
-        code, error.name.lower(), _MESSAGES.get(code, error.name), errors=[error.name]
-    )
+    message = "Please retry later." if code >= 500 else "Events go to POST /v2/enqueue"
+    response = answer(code, error.name.lower(), message, errors=[error.name])
     for name, value in error.get_headers():
         if name != "Content-Type":
             response.headers[name] = value
+    if code == 405 and "POST" in response.headers["Allow"]:
+        response.headers["Allow"] = "POST"  # our rules take other methods only to refuse them
     return response
-
-
-_MESSAGES = {
-    404: "There is nothing here: events go to /v2/enqueue and /v2/change/enqueue",
-    405: "Method not allowed: events are sent with POST",
-    500: "Event was not processed. Please retry later.",
-    503: "Event was not processed. Please retry later.",
-}
 
 
 def _body() -> bytes:

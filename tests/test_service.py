@@ -1,0 +1,299 @@
+"""The service as it runs: a real gunicorn, real sockets, a real pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Service, ask, exchange, free_port, send, trigger, wait_for
+
+from pagerduty_compat.events import MAX_BYTES
+
+JSON_PARSE_ERROR = {
+    "status": "Unrecognized object",
+    "message": "Event object format is unrecognized",
+    "errors": ["JSON parse error"],
+}
+TOO_LARGE = {
+    "status": "invalid event",
+    "message": "Event object is invalid",
+    "errors": ["Event is too large (maximum is 512 KB)"],
+}
+EVENT = json.dumps(trigger()).encode()
+
+
+def chunks(body: bytes, size: int = 10_000) -> Iterator[bytes]:
+    return (body[i : i + size] for i in range(0, len(body), size))
+
+
+def padded(size: int) -> bytes:
+    body = json.dumps(trigger(client="")).encode()
+    return body.replace(b'"client": ""', b'"client": "%s"' % (b"x" * (size - len(body))))
+
+
+def bad_links() -> bytes:
+    body = json.dumps(trigger(links=["?"])).encode()
+    return body.replace(b'"?"', b",".join([b"{}"] * ((MAX_BYTES - len(body)) // 3)))
+
+
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        (b"[" * 100_000, JSON_PARSE_ERROR),
+        (b"", JSON_PARSE_ERROR),
+        (padded(MAX_BYTES + 1), TOO_LARGE),
+        (padded(3 * MAX_BYTES), TOO_LARGE),
+        (
+            bad_links(),
+            {**TOO_LARGE, "errors": ["'link href' is missing or blank"]},
+        ),
+    ],
+    ids=["nested", "empty", "a byte too large", "three times too large", "bad links"],
+)
+@pytest.mark.parametrize("chunked", [False, True], ids=["with a length", "chunked"])
+def test_a_bad_body_is_a_400(service: Service, body: bytes, answer: Any, chunked: bool) -> None:
+    seen = len(service.stdout)
+    response = ask(service.url + "/v2/enqueue", chunks(body) if chunked else body)
+    assert (response.status, response.body) == (400, answer)
+    assert len(service.stdout) == seen
+
+
+def test_an_event_of_512_kb_is_accepted_chunked_or_not(service: Service) -> None:
+    assert ask(service.url + "/v2/enqueue", padded(MAX_BYTES)).status == 202
+    assert ask(service.url + "/v2/enqueue", chunks(padded(MAX_BYTES))).status == 202
+    wait_for(lambda: len(service.lines) >= 2)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"Content-Length: %d\r\n\r\n%s" % (len(EVENT) + 1, EVENT),
+        b"Content-Length: 100\r\n\r\n{}     ",
+        b"Content-Length: 100\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(EVENT), EVENT),
+        b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\nG\r\n" % (len(EVENT), EVENT),
+        b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s" % (len(EVENT) + 9, EVENT),
+        b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%sxx0\r\n\r\n" % (len(EVENT), EVENT),
+    ],
+    ids=["one short", "a prefix", "none", "no last chunk", "bad size", "cut chunk", "no newline"],
+)
+def test_a_body_that_breaks_off_is_a_400(service: Service, request_: bytes) -> None:
+    seen = len(service.stdout)
+    answer = exchange(service.port, b"POST /v2/enqueue HTTP/1.1\r\nHost: a\r\n" + request_)
+    head, body = answer.split(b"\r\n\r\n", 1)
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\nContent-Type: application/json\r\n" in head + b"\r\n"
+    assert json.loads(body) == JSON_PARSE_ERROR
+    assert len(service.stdout) == seen
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2/enqueue", 405),
+        ("PROPFIND", "/v2/enqueue", 405),
+        ("POST", "/", 404),
+        ("POST", "//v2/enqueue", 404),
+        ("POST", "/v2//enqueue", 404),
+        ("POST", "/v2/enqueue/%2e%2e/%00%ff", 404),
+    ],
+)
+def test_what_is_not_ours_is_json(service: Service, method: str, path: str, status: int) -> None:
+    seen = len(service.stdout)
+    response = ask(service.url + path, EVENT, method=method)
+    assert response.status == status
+    assert set(response.body) == {"status", "message", "errors"}
+    assert response.headers["Allow"] == ("POST" if status == 405 else None)
+    assert len(service.stdout) == seen
+
+
+def test_the_log_gives_the_reasons_and_no_value(service: Service) -> None:
+    send(service.url, trigger(routing_key="SECRET", client=["SECRET"]))
+    line = wait_for(lambda: [line for line in service.log.splitlines() if "'client'" in line])
+    assert line[0].endswith(
+        "[WARNING] refused an alert event from 127.0.0.1: Length of 'routing_key' is incorrect"
+        " (should be 32 characters); 'client' is invalid (must be a string)"
+    )
+    assert "SECRET" not in service.log
+
+
+def test_a_connection_is_kept_for_the_next_event(service: Service) -> None:
+    request = b"POST /v2/enqueue HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s"
+    answer = exchange(service.port, request % (len(EVENT), EVENT) * 3)
+    assert answer.count(b"HTTP/1.1 202 ") == 3
+
+
+WORKERS = [
+    ["--workers=1"],
+    ["--workers=2"],
+    ["--worker-class=gthread", "--workers=2", "--threads=4"],
+    ["--worker-class=sync", "--workers=2"],
+]
+
+
+@pytest.mark.parametrize("options", WORKERS, ids=" ".join)
+def test_there_are_as_many_whole_lines_as_202s(
+    start: Callable[..., Service], options: list[str]
+) -> None:
+    service = start(*options)
+    sizes = random.Random(options[0])
+
+    def client(number: int) -> list[str]:
+        keys = []
+        for _ in range(20):
+            text = f"{number}" * sizes.choice([1, 300, 5_000, 50_000, 200_000])
+            answer = send(service.url, trigger(custom=text[:200_000]))
+            assert answer.status == 202
+            keys.append(answer.body["dedup_key"])
+        return keys
+
+    with ThreadPoolExecutor(8) as clients:
+        keys = [key for keys in clients.map(client, range(8)) for key in keys]
+    wait_for(lambda: service.stdout.count(b"\n") >= len(keys))
+    assert sorted(line["dedup_key"] for line in service.lines) == sorted(keys)
+
+
+def test_plain_gunicorn_runs_the_app(start: Callable[..., Service]) -> None:
+    command = ("-m", "gunicorn", "pagerduty_compat.server:create_app()")
+    service = start(command=command)
+    assert send(service.url, trigger(dedup_key="k")).status == 202
+    wait_for(lambda: service.lines)
+    assert "Using worker: sync" in service.log
+
+
+def test_serve_becomes_the_gunicorn_master(start: Callable[..., Service]) -> None:
+    service = start()
+    assert f"[{service.process.pid}] [INFO] Starting gunicorn" in service.log
+    assert "Using worker: gevent" in service.log
+    assert service.stop() == 0
+    assert "Shutting down: Master" in service.log
+
+
+def test_it_listens_on_port_8080_or_where_the_environment_says(tmp_path: Path) -> None:
+    def bind(**environ: str) -> str:
+        command = [sys.executable, "-m", "pagerduty_compat", "serve", "--print-config"]
+        environ = {k: v for k, v in os.environ.items() if k != "PORT"} | environ
+        shown = subprocess.run(command, env=environ, capture_output=True, check=True).stdout
+        [line] = [line for line in shown.decode().splitlines() if line.startswith("bind ")]
+        return line.split("= ")[1]
+
+    assert bind() == "['0.0.0.0:8080']"
+    assert bind(PORT="9000") == "['0.0.0.0:9000']"
+
+
+@pytest.mark.parametrize(
+    ("environ", "line"),
+    [
+        (
+            {"PAGERDUTY_COMPAT_STDOUT_TIMEOUT": "soon"},
+            "cannot start: PAGERDUTY_COMPAT_STDOUT_TIMEOUT must be a number from 0.1 to 60",
+        ),
+        ({"PORT": "http"}, "cannot start: PORT must be a number from 1 to 65535"),
+        ({"PORT": "65536"}, "cannot start: PORT must be a number from 1 to 65535"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_status_2_before_the_port_opens(
+    environ: dict[str, str], line: str
+) -> None:
+    port = environ.get("PORT", str(free_port()))
+    run = subprocess.run(
+        [sys.executable, "-m", "pagerduty_compat", "serve"],
+        env={**os.environ, "PORT": port, **environ},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    *before, last = run.stderr.splitlines()
+    assert (run.returncode, run.stdout, last) == (2, "", line)
+    assert all("Starting gunicorn" in line for line in before)  # no port, no worker, no traceback
+
+
+def test_a_closed_stdout_is_one_line_and_status_2() -> None:
+    command = f"exec {sys.executable} -m pagerduty_compat serve --bind 127.0.0.1:{free_port()} >&-"
+    run = subprocess.run(["/bin/sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=20)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("cannot start: stdout is closed")
+    assert "Booting worker" not in run.stderr
+
+
+def test_the_settings_leave_nothing_in_the_master_that_a_hup_should_load_anew() -> None:
+    code = "import sys, pagerduty_compat.gunicorn_conf; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = run.stdout.split()
+    assert "pagerduty_compat.gunicorn_conf" in loaded
+    ours = {name for name in loaded if name.startswith("pagerduty_compat")}
+    assert ours == {"pagerduty_compat", "pagerduty_compat.gunicorn_conf"}
+    assert not {"flask", "jsonschema", "gevent"} & set(loaded)
+
+
+@pytest.mark.parametrize("worker", ["gevent", "gthread", "sync"])
+def test_without_a_reader_no_event_is_accepted(start: Callable[..., Service], worker: str) -> None:
+    service = start(f"--worker-class={worker}", env={"PAGERDUTY_COMPAT_STDOUT_TIMEOUT": "0.5"})
+    assert service.process.stdout is not None
+    head = os.dup(service.process.stdout.fileno())
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, service.process.stdout.fileno())  # the reader leaves
+    os.close(head)
+    os.close(null)
+    send(service.url, trigger())  # our own thread may still sit in its last read
+    answer = send(service.url, trigger())
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+    assert answer.body == {
+        "status": "service unavailable",
+        "message": "Please retry later.",
+        "errors": ["Service Unavailable"],
+    }
+    assert ask(service.url + "/-/ready", method="GET").status == 503
+    assert ask(service.url + "/-/healthy", method="GET").status == 200
+
+
+@pytest.mark.parametrize("worker", ["gevent", "gthread", "sync"])
+def test_a_reader_that_stalls_is_a_503_until_it_reads_again(tmp_path: Path, worker: str) -> None:
+    port = free_port()
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "pagerduty_compat", "serve", f"--bind=127.0.0.1:{port}"]
+    env = {**os.environ, "PAGERDUTY_COMPAT_STDOUT_TIMEOUT": "0.5"}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, f"--worker-class={worker}"], stdout=write, stderr=log, env=env
+        )
+    os.close(write)
+    url = f"http://127.0.0.1:{port}"
+    try:
+
+        def listening() -> bool:
+            try:
+                return socket.create_connection(("127.0.0.1", port), 1).close() is None
+            except OSError:
+                return False
+
+        wait_for(listening)
+        statuses = [send(url, trigger(custom="x" * 20_000)).status for _ in range(5)]
+        assert statuses == [202, 202, 202, 503, 503]  # a pipe holds 64 KB
+        began = time.monotonic()
+        ask(url + "/-/ready", method="GET")
+        assert time.monotonic() - began < 0.4  # it does not wait for the timeout
+        text = os.read(read, 1_000_000)
+        assert wait_for(lambda: ask(url + "/-/ready", method="GET").status == 200)
+        assert send(url, trigger(dedup_key="later")).status == 202
+        text += os.read(read, 1_000_000)
+        *accepted, fragment, later, end = text.split(b"\n")
+        assert [json.loads(line)["custom"] for line in accepted] == ["x" * 20_000] * 3
+        assert fragment.startswith(b'{"routing_key":')  # alone on its line, never acknowledged
+        assert json.loads(later)["dedup_key"] == "later"
+        assert end == b""
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        os.close(read)
