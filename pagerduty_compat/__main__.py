@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import BinaryIO, NoReturn
 
 from .events import MAX_BYTES, InvalidEvent, parse
+
+APP = "pagerduty_compat.server:create_app()"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args, rest = parser.parse_known_args(argv)
     if args.command == "serve":
-        serve(rest)
+        return serve(rest)
     if rest:
         check.error(f"unrecognized arguments: {' '.join(rest)}")
     return validate(args.files, change=args.change, routing_key=args.routing_key)
@@ -77,28 +78,23 @@ def _read(file: str) -> bytes:
     # One byte over the limit is enough to know that it is exceeded.
     if file == "-":
         return sys.stdin.buffer.read(MAX_BYTES + 1)
-    stream: BinaryIO
     with open(file, "rb") as stream:
         return stream.read(MAX_BYTES + 1)
 
 
-def serve(options: Sequence[str]) -> NoReturn:
-    """Become gunicorn's master, with the packaged settings; `options` are gunicorn's."""
+def serve(options: Sequence[str]) -> int:
+    """Become gunicorn's master, with the packaged settings; `options` are gunicorn's.
+
+    Returns 2, with a line on how to install it, if what it needs is not there.
+    """
     if find_spec("gunicorn") is None or find_spec("flask") is None:
-        raise SystemExit(
-            "pagerduty-compat: to serve, install the extra: pip install 'pagerduty-compat[server]'"
+        print(
+            "to serve, install the extra: pip install 'pagerduty-compat[server]'", file=sys.stderr
         )
-    os.execv(
-        sys.executable,
-        [
-            sys.executable,
-            "-m",
-            "gunicorn",
-            "--config=python:pagerduty_compat.gunicorn_conf",
-            "pagerduty_compat.server:create_app()",
-            *options,
-        ],
-    )
+        return 2
+    settings = "python:pagerduty_compat.gunicorn_conf"
+    command = [sys.executable, "-m", "gunicorn", f"--config={settings}", APP, *options]
+    os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":
