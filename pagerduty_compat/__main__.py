@@ -94,7 +94,7 @@ def serve(options: Sequence[str]) -> int:
         return 2
     settings = "python:pagerduty_compat.gunicorn_conf"
     command = [sys.executable, "-m", "gunicorn", f"--config={settings}", APP, *options]
-    os.execv(sys.executable, command)
+    return os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -273,10 +274,9 @@ def test_a_reader_that_stalls_is_a_503_until_it_reads_again(tmp_path: Path, work
     try:
 
         def listening() -> bool:
-            try:
-                return socket.create_connection(("127.0.0.1", port), 1).close() is None
-            except OSError:
-                return False
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                return True
+            return False
 
         wait_for(listening)
         statuses = [send(url, trigger(custom="x" * 20_000)).status for _ in range(5)]
