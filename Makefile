@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: run test lint clean
+.PHONY: run test chaos lint clean
 
 # ARGS are gunicorn's: make run ARGS='--workers 2'
 run: .venv/server
@@ -11,6 +11,10 @@ run: .venv/server
 # ARGS are pytest's: make test ARGS='-k alertmanager'
 test: .venv/test
 	@$(BIN)/pytest $(ARGS)
+
+# The long form of tests/test_chaos.py; about 10 minutes.
+chaos: .venv/test
+	@$(BIN)/python tests/chaos.py
 
 lint: .venv/test
 	$(BIN)/ruff format --check --diff
@@ -21,6 +25,9 @@ clean:
 	rm -rf .venv build dist *.egg-info
 
 .venv/server .venv/test: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or \
+		sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	@echo 'installing into .venv ...' >&2
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--editable '.[server$(if $(filter %test,$@),$(comma)test)]' >&2

@@ -9,14 +9,21 @@ master has imported, a HUP does not load anew.
 
 from __future__ import annotations
 
+import io
 import logging
+import mmap
 import os
+import signal
 import sys
 import time
 import traceback
+from select import PIPE_BUF, POLLOUT
+from select import poll as select_poll
 from typing import Any
 
-_port = os.environ.get("PORT", "8080")
+from gunicorn import glogging, sock
+
+_port = os.environ.get("PORT") or "8080"
 if not (_port.isascii() and _port.isdigit() and 0 < int(_port) < 65536):
     print("cannot start: PORT must be a number from 1 to 65535", file=sys.stderr)
     raise SystemExit(2)
@@ -52,6 +59,57 @@ forwarded_allow_ips = ""
 forwarder_headers = ""
 
 
+# What the workers must know of their common stdout, whatever becomes of each of them: two
+# numbers, for pagerduty_compat.stdout. Made here, before the fork, and kept over HUPs, since
+# gunicorn imports this module once. Nothing else may be made here: a lock that exists before
+# gevent patches them freezes the worker.
+stdout_state = memoryview(mmap.mmap(-1, 16)).cast("d")
+
+
+class Logger(glogging.Logger):
+    """gunicorn's logger, on a stderr that it never waits for.
+
+    What is asked to go to stdout, the access log, goes there too: stdout carries events alone.
+    """
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        for handler in (*self.error_log.handlers, *self.access_log.handlers):
+            if isinstance(handler, logging.StreamHandler) and (
+                handler.stream in (sys.stdout, sys.stderr)
+            ):
+                handler.setStream(_STDERR)
+
+
+class _Stderr(io.TextIOBase):
+    """stderr, where a line is lost if it cannot be written at once.
+
+    A pipe that nobody reads would otherwise stop every request that has something to log.
+    """
+
+    lost = 0
+
+    def write(self, text: str) -> int:
+        line = text.encode(errors="backslashreplace")
+        if self.lost:
+            line = b"(%d lines of the log were lost)\n%s" % (self.lost, line)
+        try:
+            while line:
+                poll = select_poll()  # the real one, gevent or not
+                poll.register(2, POLLOUT)
+                if poll.poll(0) != [(2, POLLOUT)]:
+                    break
+                line = line[os.write(2, line[:PIPE_BUF]) :]
+        except OSError:
+            pass
+        self.lost = self.lost + 1 if line else 0
+        return len(text)
+
+
+_STDERR = _Stderr()
+logger_class = Logger
+
+
 def on_starting(server: Any) -> None:
     """Load the app in a child, before the port opens: what is wrong with it stops the start.
 
@@ -63,6 +121,12 @@ def on_starting(server: Any) -> None:
         logging.disable()  # what the app has to say at its start, the workers will say
         status = 0
         try:
+            if server.cfg.daemon or server.cfg.capture_output:
+                raise ValueError("--daemon and --capture-output would take events off stdout")
+            if server.cfg.is_ssl:
+                for file in filter(None, (server.cfg.certfile, server.cfg.keyfile)):
+                    open(file).close()  # its error names the file
+                sock.ssl_context(server.cfg)
             server.app.wsgi()
         except (Exception, SystemExit) as error:
             print(f"cannot start: {error}", file=sys.stderr)
@@ -73,6 +137,20 @@ def on_starting(server: Any) -> None:
         os._exit(status)
     if os.waitpid(pid, 0)[1]:
         sys.exit(2)
+
+
+def post_worker_init(worker: Any) -> None:
+    """Leave Ctrl-C to the master, which stops its workers: they would be stopped twice."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def worker_int(worker: Any) -> None:
+    """Leave at once when told to do so, as after Ctrl-C.
+
+    gunicorn would go on for a tenth of a second; a gevent worker whose main loop ends in that
+    time leaves a traceback.
+    """
+    os._exit(0)
 
 
 def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:

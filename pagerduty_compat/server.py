@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, NotFound, ServiceUnavailable
 
 from .blueprint import answer, events_blueprint, http_error
@@ -56,7 +56,7 @@ def read_settings(environ: Mapping[str, str]) -> dict[str, float]:
 
 def _read(name: str, text: str | None) -> float:
     setting = _SETTINGS[name]
-    if text is None:
+    if not text:
         return setting.default
     try:
         value = setting.type(text)
@@ -79,7 +79,16 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     settings = read_settings(environ)
     if sys.stdout is None:  # descriptor 1 is free then, and may soon be some socket
         raise InvalidSetting("stdout is closed: there is nowhere to print events")
-    writer = EventWriter(fd=1, timeout=settings["STDOUT_TIMEOUT"])
+    if os.path.sameopenfile(1, 2) and not os.isatty(1):
+        log.warning("stdout and stderr are one: lines of the log may fall between or into events")
+    gunicorn_conf = sys.modules.get(f"{__package__}.gunicorn_conf")
+    if gunicorn_conf is None:
+        log.warning(
+            "the packaged gunicorn settings are not in use: if a worker is killed while it writes,"
+            " the next event is glued to the torn line"
+        )
+    state = getattr(gunicorn_conf, "stdout_state", None)
+    writer = EventWriter(fd=1, timeout=settings["STDOUT_TIMEOUT"], state=state)
 
     def print_event(event: dict[str, Any]) -> None:
         try:
@@ -104,6 +113,8 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
 
     @app.get("/-/healthy")
     def healthy() -> Response:
+        if writer.broken():  # and a restart brings a new one
+            return answer(503, "unhealthy", "stdout has no reader", errors=["stdout"])
         return answer(200, "healthy", "The service is running")
 
     @app.get("/-/ready")
@@ -114,7 +125,7 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
 
     @app.get("/version")
     def show_version() -> Response:
-        return jsonify(name="pagerduty-compat", version=release)
+        return answer(200, "pagerduty-compat", release)
 
     return app
 

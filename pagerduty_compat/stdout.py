@@ -1,6 +1,6 @@
 """One event, one whole line on stdout, or an exception.
 
-The line is compact JSON in UTF-8. Readers split at the newline alone: other line
+The line is compact JSON in UTF-8. Its readers split at the newline alone: other line
 separators of Unicode may stand in it as they are.
 """
 
@@ -13,113 +13,136 @@ import select
 import sys
 import threading
 import time
-from collections.abc import MutableSequence
+from collections.abc import Iterator, MutableSequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 # Once poll says that a pipe can be written, a write of at most PIPE_BUF bytes does not
-# block: so a write can be bounded in time without O_NONBLOCK, which would be set for all
-# who share the descriptor.
+# block. So a write can be bounded in time without O_NONBLOCK, which would hold for all who
+# share the descriptor.
 _CHUNK = select.PIPE_BUF
 
-# How long to sleep before the next try for a lock that another process holds. Waiting in
+# Seconds to sleep before the next try for a lock that another process holds. Waiting in
 # lockf would have no bound, and in a gevent worker it would stop every greenlet.
-_RETRY_SECONDS = 0.001
+_RETRY = 0.001
+
+# What the processes that share a stdout must know of it, as numbers in memory that they
+# share: whether its last line may lack its end, and since when it has been unwritable, by
+# the monotonic clock (0 if it is not).
+_TORN, _SINCE = 0, 1
 
 
 class NotWritten(Exception):
     """The line is not on stdout as a whole, and must not be acknowledged.
 
-    Not an OSError: gunicorn takes a broken pipe, even this one, as "the client has left"
+    Not an OSError: gunicorn takes a broken pipe, even this one, as "the client has left",
     and sends no answer.
     """
 
 
 class EventWriter:
-    """Writes events to one descriptor, shared with other threads and processes."""
+    """Writes events to a descriptor that threads and other processes write to as well."""
 
-    def __init__(self, fd: int, timeout: float) -> None:
-        """Write to `fd`, each event within `timeout` seconds."""
+    def __init__(
+        self,
+        fd: int,
+        timeout: float,
+        state: MutableSequence[float] | memoryview[float] | None = None,
+    ) -> None:
+        """Write to `fd`, each event within `timeout` seconds.
+
+        `state`: two zeros in memory that is shared by all processes that write there. Without
+        it, a line that a killed process left unfinished has the next one glued to it.
+        """
         self._fd = fd
         self._timeout = timeout
+        self._state = [0.0, 0.0] if state is None else state
         self._lock = threading.Lock()
-        self._torn: MutableSequence[int] = bytearray(1)  # 1: a line may have been begun
-        self._failed = False
-        self._unwritable_since: float | None = None
 
     def write(self, event: dict[str, Any]) -> None:
-        """Write the event as one line, whole, never between the bytes of another.
+        """Write the event as one line, whole, and never between the bytes of another.
 
         Raises:
             NotWritten: nobody reads, the disk is full, or it took longer than the timeout.
-                After that, further events fail at once until stdout can be written again.
+                Further events then fail at once until stdout can be written again.
         """
         text = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
         deadline = time.monotonic() + self._timeout
-        if not self._lock.acquire(timeout=self._timeout):
-            raise NotWritten("stdout is busy")
-        try:
-            if self._failed and not self._writable():
-                raise NotWritten("stdout cannot be written")
-            self._lock_file(deadline)
+        with self._locked(deadline):
             try:
-                self._write_line(text.encode() + b"\n", deadline)
-            finally:
-                fcntl.lockf(self._fd, fcntl.LOCK_UN)
-            self._failed = False
-        except OSError as error:
-            self._failed = True
-            raise NotWritten(f"stdout cannot be written: {error.strerror}") from error
-        except NotWritten:
-            self._failed = True
-            raise
-        finally:
-            self._lock.release()
+                if self._overdue() and not self._writable():
+                    raise NotWritten("it is not read")
+                self._write(text.encode() + b"\n", deadline)
+            except (NotWritten, OSError) as error:
+                self._state[_SINCE] = time.monotonic() - self._timeout
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise NotWritten(f"stdout cannot be written: {reason}") from error
+            self._state[_SINCE] = 0.0
 
     def ready(self) -> bool:
         """Say at once whether the next event can be expected to be written.
 
-        False after a write has failed, or when stdout has been found unwritable for the
-        timeout; true again as soon as it can be written.
+        False after a write has failed, or once stdout has been unwritable for the timeout;
+        true again as soon as it can be written.
         """
+        if self.broken():
+            return False
+        if not self._poll():
+            self._state[_SINCE] = self._state[_SINCE] or time.monotonic()
+        elif self._state[_SINCE]:
+            # A full disk looks writable. The newline that a torn line still needs is a write
+            # that can be made without an event, and that tells.
+            with suppress(NotWritten, OSError), self._locked(deadline=0):
+                self._write(b"", time.monotonic() + _RETRY)
+                self._state[_SINCE] = 0.0
+        return not self._overdue()
+
+    def broken(self) -> bool:
+        """Say whether nobody can read any more, which only a new stdout mends."""
+        return bool(self._poll() & ~select.POLLOUT)
+
+    def _overdue(self) -> bool:
+        since = self._state[_SINCE]
+        return since > 0 and time.monotonic() - since >= self._timeout
+
+    @contextmanager
+    def _locked(self, deadline: float) -> Iterator[None]:
+        """Keep other threads out, and other processes; the kernel frees what the dead hold."""
+        if not self._lock.acquire(timeout=max(0, deadline - time.monotonic())):
+            raise NotWritten("stdout is busy")
         try:
-            if self._writable():
-                self._failed, self._unwritable_since = False, None
-                return True
-        except NotWritten:
-            self._failed = True
-        now = time.monotonic()
-        self._unwritable_since = self._unwritable_since or now
-        return not self._failed and now - self._unwritable_since < self._timeout
-
-    def _lock_file(self, deadline: float) -> None:
-        """Keep other processes out. The kernel lets go of the lock when its holder dies."""
-        while True:
+            while True:
+                try:
+                    fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except (BlockingIOError, PermissionError):
+                    if time.monotonic() >= deadline:
+                        raise NotWritten("stdout is busy") from None
+                    time.sleep(_RETRY)
             try:
-                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except (BlockingIOError, PermissionError):
-                if time.monotonic() > deadline:
-                    raise NotWritten("stdout is busy") from None
-                time.sleep(_RETRY_SECONDS)
+                yield
+            finally:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN)
+        finally:
+            self._lock.release()
 
-    def _write_line(self, line: bytes, deadline: float) -> None:
-        if self._torn[0]:  # end what is left there, so that our line is not glued to it
-            line = b"\n" + line
-        rest = memoryview(line)
+    def _write(self, line: bytes, deadline: float) -> None:
+        """Write all of a line, and before it the end of one that was torn."""
+        rest = memoryview(b"\n" + line if self._state[_TORN] else line)
         while rest:
             self._wait_until_writable(deadline)
+            self._state[_TORN] = 1.0
             try:
-                self._torn[0] = 1
                 rest = rest[os.write(self._fd, rest[:_CHUNK]) :]
             except BlockingIOError:  # somebody made the descriptor non-blocking
-                time.sleep(_RETRY_SECONDS)
-        self._torn[0] = 0
+                time.sleep(_RETRY)
+        self._state[_TORN] = 0.0
 
     def _wait_until_writable(self, deadline: float) -> None:
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise NotWritten("stdout is not read")
+                raise NotWritten("it is not read")
             if self._writable():
                 return
             poll = select.poll()  # one for each call: threads cannot share it
@@ -127,16 +150,19 @@ class EventWriter:
             poll.poll(left * 1000)
 
     def _writable(self) -> bool:
-        """Say, without waiting, whether a write would not block.
+        """Say, without waiting, whether a small write would not block.
 
         Raises:
-            NotWritten: it would fail, for nobody reads any more.
+            NotWritten: it would fail, for nobody can read any more.
         """
-        # gevent's own poll hides POLLERR and waits for its hub, even with no time to wait.
+        flags = self._poll()
+        if flags & ~select.POLLOUT:
+            raise NotWritten("it has no reader")
+        return bool(flags)
+
+    def _poll(self) -> int:
+        # gevent's own poll hides POLLERR, and waits for its hub even with no time to wait.
         monkey = sys.modules.get("gevent.monkey")
         poll = monkey.get_original("select", "poll")() if monkey else select.poll()
         poll.register(self._fd, select.POLLOUT)
-        flags = sum(flags for _, flags in poll.poll(0))
-        if flags & ~select.POLLOUT:
-            raise NotWritten("stdout has no reader")
-        return flags == select.POLLOUT
+        return sum(flags for _, flags in poll.poll(0))

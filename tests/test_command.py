@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_an_event_that_is_refused_is_status_1(folder: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_status_2_and_the_others_are_judged(folder: Path) -> None:
-    assert run("validate", "none.json", "bad.json", ".", "good.json") == (
+    assert run("validate", "none.json", ".", "bad.json", "good.json") == (
         2,
         BAD,
         "none.json: No such file or directory\n.: Is a directory\n",
@@ -79,6 +80,16 @@ def test_a_large_file_is_not_read_to_its_end(folder: Path) -> None:
     too_large = "good.json: Event is too large (maximum is 512 KB)\n"
     assert run("validate", "good.json") == (1, too_large, "")
     assert MAX_BYTES == 524_288
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback(folder: Path) -> None:
+    command = f"{' '.join(MODULE)} validate {'bad.json ' * 5000} | head -1"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=20)
+    assert (done.stdout, done.stderr) == (BAD.splitlines(keepends=True)[0], "")
+
+
+def test_the_version_is_told() -> None:
+    assert run("--version") == (0, version("pagerduty-compat") + "\n", "")
 
 
 def test_without_a_file_it_says_how_it_is_called() -> None:
@@ -118,7 +129,7 @@ def test_serve_says_what_to_install(bare: tuple[str, ...]) -> None:
     assert run("serve", command=bare) == (
         2,
         "",
-        "to serve, install the extra: pip install 'pagerduty-compat[server]'\n",
+        "install what it needs: pip install 'pagerduty-compat[server]'\n",
     )
 
 

@@ -52,7 +52,7 @@ def test_the_readme_fits_one_sitting() -> None:
 def test_the_curl_examples_print_what_the_readme_shows(service: Service, command: str) -> None:
     seen = len(service.lines)
     output = shell(command.replace("localhost:8080", f"127.0.0.1:{service.port}"))
-    assert output + "\n" == SESSIONS[command]
+    assert output == SESSIONS[command]
     if '"success"' in output:
         wait_for(lambda: len(service.lines) > seen)
         [shown] = blocks("json")
@@ -67,10 +67,10 @@ def test_the_validate_examples_print_what_the_readme_shows(command: str) -> None
 
 
 def test_every_example_is_run_by_some_test() -> None:
-    elsewhere = {"make run", "sample/alert.sh fire DiskFull", "sample/alert.sh resolve DiskFull"}
-    assert {
-        c for c in SESSIONS if not c.startswith("curl") and "validate" not in c
-    } == elsewhere  # the script of the sample is run with a real Alertmanager
+    # Alertmanager and the script of the sample run in test_alertmanager.py.
+    elsewhere = ("make run", "prometheus-alertmanager", "sample/alert.sh")
+    for command in SESSIONS:
+        assert command.startswith(("curl", *elsewhere)) or "validate" in command
 
 
 def test_make_run_serves_in_the_foreground_with_events_alone_on_stdout(tmp_path: Path) -> None:

@@ -129,6 +129,12 @@ def test_the_log_gives_the_reasons_and_no_value(service: Service) -> None:
     assert "SECRET" not in service.log
 
 
+def test_what_a_client_says_of_a_proxy_is_not_believed(service: Service) -> None:
+    for header in ("SCRIPT_NAME", "Script-Name", "X-Forwarded-Prefix", "X-Script-Name"):
+        answer = send(service.url, trigger(), **{header: "/elsewhere", "PATH_INFO": "/elsewhere"})
+        assert answer.status == 202
+
+
 def test_a_connection_is_kept_for_the_next_event(service: Service) -> None:
     request = b"POST /v2/enqueue HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s"
     answer = exchange(service.port, request % (len(EVENT), EVENT) * 3)
@@ -181,6 +187,44 @@ def test_serve_becomes_the_gunicorn_master(start: Callable[..., Service]) -> Non
     assert "Shutting down: Master" in service.log
 
 
+def test_ctrl_c_stops_it_without_a_traceback(start: Callable[..., Service]) -> None:
+    service = start("--workers=2")
+    assert send(service.url, trigger()).status == 202
+    os.killpg(service.process.pid, signal.SIGINT)  # as a terminal does: to all of the group
+    assert service.process.wait(10) == 0
+    assert "Traceback" not in service.log
+    assert "Shutting down: Master" in service.log
+
+
+def test_the_access_log_stays_off_stdout(start: Callable[..., Service]) -> None:
+    service = start("--access-logfile=-")
+    assert send(service.url, trigger(dedup_key="k")).status == 202
+    wait_for(lambda: '"POST /v2/enqueue HTTP/1.1" 202' in service.log)
+    assert [line["dedup_key"] for line in service.lines] == ["k"]
+
+
+def test_a_full_disk_is_a_503_and_not_ready(tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "pagerduty_compat", "serve", f"--bind=127.0.0.1:{port}"]
+    with open("/dev/full", "wb") as full, (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=full, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}"
+
+        def status(path: str) -> int | None:
+            with contextlib.suppress(OSError):
+                return ask(url + path, method="GET").status
+            return None
+
+        wait_for(lambda: status("/-/ready") == 200)
+        assert [send(url, trigger()).status for _ in range(2)] == [503, 503]
+        assert status("/-/ready") == 503
+        assert status("/-/healthy") == 200  # a restart would not free the disk
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
 def test_it_listens_on_port_8080_or_where_the_environment_says(tmp_path: Path) -> None:
     def bind(**environ: str) -> str:
         command = [sys.executable, "-m", "pagerduty_compat", "serve", "--print-config"]
@@ -190,6 +234,7 @@ def test_it_listens_on_port_8080_or_where_the_environment_says(tmp_path: Path) -
         return line.split("= ")[1]
 
     assert bind() == "['0.0.0.0:8080']"
+    assert bind(PORT="") == "['0.0.0.0:8080']"
     assert bind(PORT="9000") == "['0.0.0.0:9000']"
 
 
@@ -200,17 +245,32 @@ def test_it_listens_on_port_8080_or_where_the_environment_says(tmp_path: Path) -
             {"PAGERDUTY_COMPAT_STDOUT_TIMEOUT": "soon"},
             "cannot start: PAGERDUTY_COMPAT_STDOUT_TIMEOUT must be a number from 0.1 to 60",
         ),
+        (
+            {"OPTIONS": "--capture-output"},
+            "cannot start: --capture-output would take events off stdout",
+        ),
+        ({"OPTIONS": "--daemon"}, "cannot start: --daemon would take events off stdout"),
+        (
+            {"GUNICORN_CMD_ARGS": "--capture-output"},
+            "cannot start: --daemon and --capture-output would take events off stdout",
+        ),
+        (
+            {"OPTIONS": "--certfile none --keyfile none"},
+            "cannot start: [Errno 2] No such file or directory: 'none'",
+        ),
         ({"PORT": "http"}, "cannot start: PORT must be a number from 1 to 65535"),
         ({"PORT": "65536"}, "cannot start: PORT must be a number from 1 to 65535"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_status_2_before_the_port_opens(
-    environ: dict[str, str], line: str
+    tmp_path: Path, environ: dict[str, str], line: str
 ) -> None:
     port = environ.get("PORT", str(free_port()))
+    options = environ.get("OPTIONS", "").split()
     run = subprocess.run(
-        [sys.executable, "-m", "pagerduty_compat", "serve"],
+        [sys.executable, "-m", "pagerduty_compat", "serve", *options],
         env={**os.environ, "PORT": port, **environ},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=20,
@@ -247,7 +307,8 @@ def test_without_a_reader_no_event_is_accepted(start: Callable[..., Service], wo
     os.dup2(null, service.process.stdout.fileno())  # the reader leaves
     os.close(head)
     os.close(null)
-    send(service.url, trigger())  # our own thread may still sit in its last read
+    # Our own thread may still sit in its last read.
+    wait_for(lambda: send(service.url, trigger()).status == 503)
     answer = send(service.url, trigger())
     assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
     assert answer.body == {
@@ -256,7 +317,7 @@ def test_without_a_reader_no_event_is_accepted(start: Callable[..., Service], wo
         "errors": ["Service Unavailable"],
     }
     assert ask(service.url + "/-/ready", method="GET").status == 503
-    assert ask(service.url + "/-/healthy", method="GET").status == 200
+    assert ask(service.url + "/-/healthy", method="GET").status == 503  # only a restart mends it
 
 
 @pytest.mark.parametrize("worker", ["gevent", "gthread", "sync"])
