@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from .events import MAX_BYTES, InvalidEvent, parse
@@ -16,6 +17,7 @@ APP = "pagerduty_compat.server:create_app()"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="pagerduty-compat", description=__doc__)
+    parser.add_argument("--version", action="version", version=version("pagerduty-compat"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     check = commands.add_parser(
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         " Each accepted event is one line of JSON on stdout; the log is on stderr.",
         usage="pagerduty-compat serve [GUNICORN OPTION ...]",
         epilog="Options are gunicorn's: --bind 127.0.0.1:9000, --workers 2, --certfile FILE"
-        " --keyfile FILE, --print-config. `gunicorn --help` lists them all.",
+        " --keyfile FILE, --print-config. `gunicorn --help` lists them all. --config FILE would"
+        " replace the packaged settings.",
     )
 
     args, rest = parser.parse_known_args(argv)
@@ -48,7 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(rest)
     if rest:
         check.error(f"unrecognized arguments: {' '.join(rest)}")
-    return validate(args.files, change=args.change, routing_key=args.routing_key)
+    try:
+        status = validate(args.files, change=args.change, routing_key=args.routing_key)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; let Python's own last flush succeed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    return status
 
 
 def validate(files: Sequence[str], *, change: bool, routing_key: str | None) -> int:
@@ -88,9 +97,11 @@ def serve(options: Sequence[str]) -> int:
     Returns 2, with a line on how to install it, if what it needs is not there.
     """
     if find_spec("gunicorn") is None or find_spec("flask") is None:
-        print(
-            "to serve, install the extra: pip install 'pagerduty-compat[server]'", file=sys.stderr
-        )
+        print("install what it needs: pip install 'pagerduty-compat[server]'", file=sys.stderr)
+        return 2
+    # gunicorn would have no stderr left to refuse these on.
+    for option in {"-D", "--daemon", "--capture-output"}.intersection(options):
+        print(f"cannot start: {option} would take events off stdout", file=sys.stderr)
         return 2
     settings = "python:pagerduty_compat.gunicorn_conf"
     command = [sys.executable, "-m", "gunicorn", f"--config={settings}", APP, *options]

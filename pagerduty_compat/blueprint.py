@@ -79,7 +79,7 @@ def answer(code: int, status: str, message: str, **members: Any) -> Response:
 
     Flask's own JSON settings belong to the app; PagerDuty's clients must not depend on them.
     """
-    body = json.dumps({"status": status, "message": message, **members})
+    body = json.dumps({"status": status, "message": message, **members}) + "\n"
     return Response(body, code, mimetype="application/json")
 
 
