@@ -77,8 +77,9 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     """
     _log_where_gunicorn_does()
     settings = read_settings(environ)
-    if sys.stdout is None:  # descriptor 1 is free then, and may soon be some socket
-        raise InvalidSetting("stdout is closed: there is nowhere to print events")
+    for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
+        if stream is None:  # its descriptor is free then, and may soon be some client's socket
+            raise InvalidSetting(f"{name} is closed")
     if os.path.sameopenfile(1, 2) and not os.isatty(1):
         log.warning("stdout and stderr are one: lines of the log may fall between or into events")
     gunicorn_conf = sys.modules.get(f"{__package__}.gunicorn_conf")

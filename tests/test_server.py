@@ -111,7 +111,8 @@ def test_an_unknown_setting_is_a_warning(caplog: pytest.LogCaptureFixture) -> No
     ]
 
 
-def test_a_closed_stdout_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout", None)
-    with pytest.raises(InvalidSetting, match="stdout is closed"):
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_stops_the_start(monkeypatch: pytest.MonkeyPatch, stream: str) -> None:
+    monkeypatch.setattr(f"sys.{stream}", None)
+    with pytest.raises(InvalidSetting, match=f"{stream} is closed"):
         create_app({})
