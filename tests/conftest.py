@@ -90,7 +90,13 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
 class Process:
     """A server of a test, with its stdout read through a pipe, and ended by the test."""
 
-    def __init__(self, command: list[str], folder: Path, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        command: list[str],
+        folder: Path,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+    ):
         self.stdout = b""
         self._log = folder / f"{Path(command[0]).name}-{time.monotonic_ns()}.log"
         with self._log.open("wb") as log:
@@ -100,6 +106,7 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, **(env or {})},
+                cwd=cwd,
                 start_new_session=True,
             )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -143,12 +150,13 @@ class Service(Process):
         *options: str,
         port: int | None = None,
         env: dict[str, str] | None = None,
+        cwd: Path | None = None,
         command: tuple[str, ...] = ("-m", "pagerduty_compat", "serve"),
     ):
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         bind = f"--bind=127.0.0.1:{self.port}"
-        super().__init__([sys.executable, *command, bind, *options], folder, env)
+        super().__init__([sys.executable, *command, bind, *options], folder, env, cwd)
         wait_for(self._is_ready)
 
     def _is_ready(self) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Service, ask, exchange, free_port, send, trigger, wait_for
+from conftest import ROOT, Service, ask, exchange, free_port, send, trigger, wait_for
 
 from pagerduty_compat.events import MAX_BYTES
 
@@ -194,6 +195,34 @@ def test_ctrl_c_stops_it_without_a_traceback(start: Callable[..., Service]) -> N
     assert service.process.wait(10) == 0
     assert "Traceback" not in service.log
     assert "Shutting down: Master" in service.log
+
+
+def test_a_hup_loads_new_code(start: Callable[..., Service], tmp_path: Path) -> None:
+    code = tmp_path / "pagerduty_compat"
+    shutil.copytree(ROOT / "pagerduty_compat", code)
+    service = start(cwd=tmp_path)
+    before = send(service.url, {}).body["errors"]
+    assert before == ["'routing_key' cannot be blank", "'event_action' is missing or blank"]
+    events = code / "events.py"
+    events.write_text(events.read_text().replace("cannot be blank", "is still blank"))
+    service.process.send_signal(signal.SIGHUP)
+    after = ["'routing_key' is still blank", "'event_action' is missing or blank"]
+    wait_for(lambda: send(service.url, {}).body["errors"] == after)
+
+
+def test_a_worker_that_is_killed_is_replaced(start: Callable[..., Service]) -> None:
+    service = start()
+    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
+    [worker] = children.read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+
+    def answered() -> bool:
+        with contextlib.suppress(OSError):
+            return send(service.url, trigger()).status == 202
+        return False
+
+    wait_for(answered)
+    assert children.read_text().split() != [worker]
 
 
 def test_the_access_log_stays_off_stdout(start: Callable[..., Service]) -> None:
