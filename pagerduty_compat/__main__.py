@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,14 @@ from importlib.util import find_spec
 from .events import MAX_BYTES, InvalidEvent, parse
 
 APP = "pagerduty_compat.server:create_app()"
+
+# Options that gunicorn takes, and that break what the service promises.
+_REFUSED = {
+    "-D": "would take events off stdout",
+    "--daemon": "would take events off stdout",
+    "--capture-output": "would take events off stdout",
+    "--preload": "would load the app before gevent is ready for it",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,12 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(rest)
     if rest:
         check.error(f"unrecognized arguments: {' '.join(rest)}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     try:
         status = validate(args.files, change=args.change, routing_key=args.routing_key)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; let Python's own last flush succeed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
+    except OSError as error:
+        status = 2
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough, and it saw errors
+            status = 1
+        else:
+            print(f"stdout: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
     return status
 
 
@@ -85,9 +100,9 @@ def validate(files: Sequence[str], *, change: bool, routing_key: str | None) -> 
 
 def _read(file: str) -> bytes:
     # One byte over the limit is enough to know that it is exceeded.
-    if file == "-":
+    if file == "-" and sys.stdin is not None:
         return sys.stdin.buffer.read(MAX_BYTES + 1)
-    with open(file, "rb") as stream:
+    with open(0 if file == "-" else file, "rb") as stream:
         return stream.read(MAX_BYTES + 1)
 
 
@@ -96,13 +111,13 @@ def serve(options: Sequence[str]) -> int:
 
     Returns 2, with a line on how to install it, if what it needs is not there.
     """
-    if find_spec("gunicorn") is None or find_spec("flask") is None:
+    if None in map(find_spec, ("flask", "gevent", "gunicorn")):
         print("install what it needs: pip install 'pagerduty-compat[server]'", file=sys.stderr)
         return 2
-    # gunicorn would have no stderr left to refuse these on.
-    for option in {"-D", "--daemon", "--capture-output"}.intersection(options):
-        print(f"cannot start: {option} would take events off stdout", file=sys.stderr)
-        return 2
+    for option, harm in _REFUSED.items():
+        if option in options:
+            print(f"cannot start: {option} {harm}", file=sys.stderr)
+            return 2
     settings = "python:pagerduty_compat.gunicorn_conf"
     command = [sys.executable, "-m", "gunicorn", f"--config={settings}", APP, *options]
     return os.execv(sys.executable, command)

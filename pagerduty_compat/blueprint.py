@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from flask import Blueprint, Response, request
-from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, default_exceptions
 from werkzeug.wsgi import get_content_length, get_input_stream
 
 from .events import MAX_BYTES, InvalidEvent, UnrecognizedObject, parse
@@ -27,7 +27,8 @@ _CHUNK = 65_536
 def events_blueprint(on_event: Callable[[dict[str, Any]], object]) -> Blueprint:
     """Return a blueprint that answers `/v2/enqueue` and `/v2/change/enqueue` as PagerDuty.
 
-    It can be registered under any prefix, and again under another name.
+    It can be registered under any prefix, and again under another name. It reads the body
+    itself, from the stream: nothing in the app may have read it before.
 
     Args:
         on_event: the handler, called once for each accepted event, in the request's thread
@@ -54,10 +55,9 @@ def events_blueprint(on_event: Callable[[dict[str, Any]], object]) -> Blueprint:
         if change:
             on_event(event)
             return answer(202, "success", "Change event processed")
-        if not event.get("dedup_key"):
-            event["dedup_key"] = uuid4().hex
+        dedup_key = event["dedup_key"] = event.get("dedup_key") or uuid4().hex
         on_event(event)
-        return answer(202, "success", "Event processed", dedup_key=event["dedup_key"])
+        return answer(202, "success", "Event processed", dedup_key=dedup_key)
 
     for path, change in (("/v2/enqueue", False), ("/v2/change/enqueue", True)):
         blueprint.add_url_rule(
@@ -66,11 +66,13 @@ def events_blueprint(on_event: Callable[[dict[str, Any]], object]) -> Blueprint:
             view_func=enqueue,
             defaults={"change": change},
             methods=_METHODS,  # the others too, or Flask would refuse them in HTML
-            provide_automatic_options=False,
             strict_slashes=False,  # with a slash at the end too, and never a redirect
             merge_slashes=False,
         )
+    # One for each status, since Flask prefers a status's handler of the app to a general one.
     blueprint.register_error_handler(HTTPException, http_error)
+    for code in default_exceptions:
+        blueprint.register_error_handler(code, http_error)
     return blueprint
 
 
@@ -86,12 +88,16 @@ def answer(code: int, status: str, message: str, **members: Any) -> Response:
 def http_error(error: HTTPException) -> Response:
     """Return any error of HTTP as JSON in PagerDuty's shape, its own headers kept."""
     code = error.code or 500
-    message = "Please retry later." if code >= 500 else "Events go to POST /v2/enqueue"
+    message = error.name
+    if code in (404, 405):
+        message = "Events are sent to /v2/enqueue and /v2/change/enqueue with POST"
+    elif code >= 500:
+        message = "Please retry later."
     response = answer(code, error.name.lower(), message, errors=[error.name])
     for name, value in error.get_headers():
         if name != "Content-Type":
             response.headers[name] = value
-    if code == 405 and "POST" in response.headers["Allow"]:
+    if code == 405 and "POST" in response.headers.get("Allow", ""):
         response.headers["Allow"] = "POST"  # our rules take other methods only to refuse them
     return response
 

@@ -13,6 +13,7 @@ import io
 import logging
 import mmap
 import os
+import re
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import Any
 from gunicorn import glogging, sock
 
 _port = os.environ.get("PORT") or "8080"
-if not (_port.isascii() and _port.isdigit() and 0 < int(_port) < 65536):
+if not re.fullmatch("[0-9]{1,5}", _port) or not 0 < int(_port) < 65536:
     print("cannot start: PORT must be a number from 1 to 65535", file=sys.stderr)
     raise SystemExit(2)
 
@@ -79,6 +80,12 @@ class Logger(glogging.Logger):
                 handler.stream in (sys.stdout, sys.stderr)
             ):
                 handler.setStream(_STDERR)
+
+    def warning(self, msg: object, *args: Any, **kwargs: Any) -> None:
+        """Log a warning, without what gunicorn quotes of a request that it cannot read."""
+        if isinstance(msg, str) and msg.startswith("Invalid request from ip="):
+            msg = msg.partition(": ")[0]
+        super().warning(msg, *args, **kwargs)
 
 
 class _Stderr(io.TextIOBase):

@@ -35,8 +35,9 @@ class _Setting(NamedTuple):
 
 
 _SETTINGS = {
-    # Seconds for one line to reach stdout, before the client gets a 503.
-    "STDOUT_TIMEOUT": _Setting(float, 0.1, 60, 3.0),
+    # Seconds for one line to reach stdout, before the client gets a 503. Less than the 25 s
+    # and 30 s after which gunicorn kills a worker.
+    "STDOUT_TIMEOUT": _Setting(float, 0.1, 20, 3.0),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,14 @@ class Alertmanager(Process):
         env = {**os.environ, "ALERTMANAGER": self.url}
         subprocess.run([ROOT / "sample/alert.sh", action, name], env=env, check=True)
 
+    def metric(self, name: str) -> float:
+        """Return one of Alertmanager's own counters for PagerDuty."""
+        metrics = subprocess.run(["curl", "-sf", f"{self.url}/metrics"], capture_output=True)
+        [line] = re.findall(
+            rf'^{name}{{integration="pagerduty"}} (.*)$', metrics.stdout.decode(), re.M
+        )
+        return float(line)
+
     def post(self, *alerts: dict[str, Any]) -> None:
         """Fire alerts as Prometheus does."""
         curl = ["curl", "-sf", f"{self.url}/api/v2/alerts", "-H", "Content-Type: application/json"]
@@ -82,7 +91,8 @@ def test_a_firing_and_a_resolved_alert_are_two_lines_with_one_dedup_key(
     assert firing["payload"]["summary"] == "[FIRING:1] DiskFull (db1)"
     assert firing["dedup_key"] == resolved["dedup_key"]
     assert len(firing["dedup_key"]) == 64
-    assert "level=error" not in sender.log
+    assert sender.metric("alertmanager_notifications_total") == 2
+    assert sender.metric("alertmanager_notification_requests_failed_total") == 0
 
 
 def test_two_alerts_of_one_group_are_one_event(

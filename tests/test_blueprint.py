@@ -152,6 +152,35 @@ def test_elsewhere_errors_are_the_apps_own(app: Flask) -> None:
     assert (response.status_code, response.mimetype) == (404, "text/html")
 
 
+def test_the_apps_own_error_pages_do_not_apply(events: list[dict[str, Any]]) -> None:
+    def handle(event: dict[str, Any]) -> None:
+        raise KeyError(event["payload"]["summary"]) if event["client"] else abort(405)
+
+    app = Flask(__name__)
+    app.register_blueprint(events_blueprint(handle))
+    for code in (400, 404, 405, 500, 503):
+        app.register_error_handler(code, lambda error: ("<h1>ours</h1>", 418))
+    client = app.test_client()
+    for event, status in ((trigger(client="a"), 500), (trigger(client=""), 405)):
+        response = client.post("/v2/enqueue", data=json.dumps(event))
+        assert (response.status_code, response.content_type) == (status, "application/json")
+    response = client.get("/v2/enqueue")
+    assert (response.status_code, response.content_type) == (405, "application/json")
+    assert client.get("/elsewhere").status_code == 418
+
+
+def test_what_the_handler_does_to_the_event_leaves_the_answer_alone() -> None:
+    app = Flask(__name__)
+    app.register_blueprint(events_blueprint(lambda event: event.clear()))
+    response = app.test_client().post("/v2/enqueue", data=json.dumps(trigger(dedup_key="k")))
+    assert response.json is not None
+    assert response.json["dedup_key"] == "k"
+
+
+def test_a_double_slash_within_the_path_is_no_redirect(app: Flask) -> None:
+    assert app.test_client().post("/v2//enqueue", data=EVENT).status_code == 404
+
+
 def test_the_blueprint_can_be_mounted_twice_with_two_handlers() -> None:
     first: list[dict[str, Any]] = []
     second: list[dict[str, Any]] = []

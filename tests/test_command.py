@@ -88,6 +88,24 @@ def test_a_reader_that_has_seen_enough_is_no_traceback(folder: Path) -> None:
     assert (done.stdout, done.stderr) == (BAD.splitlines(keepends=True)[0], "")
 
 
+def test_what_cannot_be_read_or_printed_is_status_2(folder: Path) -> None:
+    for redirection, line in (
+        ("- <&-", "-: Bad file descriptor\n"),
+        ("bad.json >/dev/full", "stdout: No space left on device\n"),
+    ):
+        command = f"{' '.join(MODULE)} validate {redirection}"
+        done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+def test_a_file_may_have_any_name(folder: Path) -> None:
+    name = os.fsdecode(b"\xff.json")
+    Path(name).write_text("[]")
+    command = ("env", "PYTHONIOENCODING=utf-8:strict", *MODULE)
+    answer = "\\udcff.json: Event must be a JSON object\n"
+    assert run("validate", name, command=command) == (1, answer, "")
+
+
 def test_the_version_is_told() -> None:
     assert run("--version") == (0, version("pagerduty-compat") + "\n", "")
 

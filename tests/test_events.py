@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from typing import Any
@@ -78,6 +79,38 @@ def test_512_kb_of_mistakes_cost_little_more_than_a_few(item: str) -> None:
     assert calls_of(lambda: refuse(many)) < 1.1 * calls_of(lambda: refuse(few))
 
 
+@pytest.mark.parametrize("last", ["{}", '{"href":"a"}'])
+def test_40000_links_cost_little_more_than_a_few(last: str) -> None:
+    def links(count: int) -> bytes:
+        items = ",".join([*(f'{{"href":"{n:x}"}}' for n in range(count)), last])
+        return json.dumps(trigger(links=0)).replace("0", f"[{items}]").encode()
+
+    def verdict(body: bytes) -> tuple[str, ...]:
+        try:
+            parse(body)
+        except InvalidEvent as error:
+            return error.errors
+        return ()
+
+    few, many = links(200), links(30_000)
+    assert len(many) < MAX_BYTES
+    assert verdict(many) == verdict(few)
+    # At most a few calls for each link; jsonschema alone would make a hundred.
+    assert calls_of(lambda: verdict(many)) - calls_of(lambda: verdict(few)) < 30_000 * 10
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_schema_sees_of_images_and_links_what_look_sees(name: str) -> None:
+    for part in ("images", "links"):
+        items = SCHEMAS[name]["$defs"][part]["items"]
+        assert set(items) == {"type", "required", "properties"}
+        for member in items["properties"].values():
+            assert set(member) == {"description", "$ref"}
+            assert member["$ref"] in ("#/$defs/text", "#/$defs/optional_text")
+    assert set(SCHEMAS[name]["$defs"]["text"]) == {"description", "$comment", "type", "pattern"}
+    assert set(SCHEMAS[name]["$defs"]["optional_text"]) == {"description", "type"}
+
+
 def test_an_unfinished_string_of_escapes_is_scanned_once() -> None:
     # A search that turned back at each quote would take hours.
     refuse(b"[" * 300 + b'"' + b'\\"' * 260_000)
@@ -99,11 +132,13 @@ def test_no_value_that_was_sent_is_repeated() -> None:
         json.dumps({"routing_key": secret, "event_action": "trigger", "payload": secret}),
         f'{{"{secret}": {secret}}}',
         f'"{secret}"',
+        f"{secret}\udcff",
     ]
     for body in bodies:
-        error = refuse(body.encode())
+        error = refuse(body.encode(errors="surrogateescape"))
         assert error.errors
-        assert secret not in f"{error} {error!r} {error.errors} {error.codes} {error.__cause__}"
+        assert error.__cause__ is None
+        assert secret not in "".join(traceback.format_exception(error)) + repr(error)
 
 
 def test_a_code_without_a_sentence_of_its_own_gets_the_fallback() -> None:
@@ -126,11 +161,15 @@ def test_validate_judges_a_dict_as_parse_judges_its_json() -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
+    circle: list[Any] = []
+    circle.append(circle)
     for event, sentence in [
         (trigger(payload={}), "'payload.summary' is missing or blank"),
         (trigger(extra=float("nan")), "JSON parse error"),
         (trigger(extra="\ud800"), "JSON parse error"),
         (trigger(extra=deep), "JSON parse error"),
+        (trigger(extra=circle), "JSON parse error"),
+        (trigger(extra=10**5000), "JSON parse error"),
         (trigger(extra="x" * MAX_BYTES), "Event is too large (maximum is 512 KB)"),
         ([trigger()], "Event must be a JSON object"),
     ]:
@@ -139,6 +178,11 @@ def test_validate_judges_a_dict_as_parse_judges_its_json() -> None:
         assert caught.value.errors[0] == sentence
     with pytest.raises(TypeError, match="set is not JSON serializable"):
         validate(trigger(extra={1}))
+
+
+def test_a_routing_key_from_outside_that_has_no_utf_8_is_refused() -> None:
+    with pytest.raises(UnrecognizedObject, match="JSON parse error"):
+        parse(json.dumps(trigger(routing_key=None)).encode(), routing_key="\udcff" * 32)
 
 
 def test_a_routing_key_given_from_outside_is_not_put_in_where_there_is_one() -> None:
@@ -186,9 +230,13 @@ def test_every_judged_member_of_the_schema_has_a_sentence(name: str) -> None:
         members |= {prefix + m: part["properties"][m] for m in part["properties"]}
     unjudged = {"payload.custom_details"}
     assert set(members) - unjudged <= set(_SENTENCES)
-    for required in (schema, schema["$defs"]["payload"]):
-        for member in required["required"]:
-            prefix = "" if required is schema else "payload."
+    for prefix, part in (
+        ("", schema),
+        ("payload.", schema["$defs"]["payload"]),
+        ("image ", schema["$defs"]["images"]["items"]),
+        ("link ", schema["$defs"]["links"]["items"]),
+    ):
+        for member in part["required"]:
             assert "blank" in _SENTENCES[prefix + member]
 
 

@@ -72,9 +72,11 @@ def test_a_bad_body_is_a_400(service: Service, body: bytes, answer: Any, chunked
 
 
 def test_an_event_of_512_kb_is_accepted_chunked_or_not(service: Service) -> None:
+    seen = service.stdout.count(b"\n")
     assert ask(service.url + "/v2/enqueue", padded(MAX_BYTES)).status == 202
     assert ask(service.url + "/v2/enqueue", chunks(padded(MAX_BYTES))).status == 202
-    wait_for(lambda: len(service.lines) >= 2)
+    wait_for(lambda: service.stdout.count(b"\n") == seen + 2)
+    assert [len(line["client"]) > 500_000 for line in service.lines[seen:]] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,21 @@ def test_the_log_gives_the_reasons_and_no_value(service: Service) -> None:
         " (should be 32 characters); 'client' is invalid (must be a string)"
     )
     assert "SECRET" not in service.log
+
+
+def test_gunicorns_own_refusals_leave_no_value_in_the_log(service: Service) -> None:
+    answer = exchange(service.port, b"POST /v2/enqueue HTTP/1.1\r\nX-Routing-Key SECRET\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    wait_for(lambda: "[WARNING] Invalid request from ip=127.0.0.1\n" in service.log)
+    assert "SECRET" not in service.log
+
+
+@pytest.mark.parametrize("worker", ["gevent", "gthread", "sync"])
+def test_a_client_that_sends_all_before_it_reads_gets_its_answer(
+    start: Callable[..., Service], worker: str
+) -> None:
+    service = start(f"--worker-class={worker}")
+    assert ask(service.url + "/v2/enqueue", padded(6_000_000)).status == 400
 
 
 def test_what_a_client_says_of_a_proxy_is_not_believed(service: Service) -> None:
@@ -272,11 +289,15 @@ def test_it_listens_on_port_8080_or_where_the_environment_says(tmp_path: Path) -
     [
         (
             {"PAGERDUTY_COMPAT_STDOUT_TIMEOUT": "soon"},
-            "cannot start: PAGERDUTY_COMPAT_STDOUT_TIMEOUT must be a number from 0.1 to 60",
+            "cannot start: PAGERDUTY_COMPAT_STDOUT_TIMEOUT must be a number from 0.1 to 20",
         ),
         (
             {"OPTIONS": "--capture-output"},
             "cannot start: --capture-output would take events off stdout",
+        ),
+        (
+            {"OPTIONS": "--preload"},
+            "cannot start: --preload would load the app before gevent is ready for it",
         ),
         ({"OPTIONS": "--daemon"}, "cannot start: --daemon would take events off stdout"),
         (
