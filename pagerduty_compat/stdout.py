@@ -132,10 +132,7 @@ class EventWriter:
         while rest:
             self._wait_until_writable(deadline)
             self._state[_TORN] = 1.0
-            try:
-                rest = rest[os.write(self._fd, rest[:_CHUNK]) :]
-            except BlockingIOError:  # somebody made the descriptor non-blocking
-                time.sleep(_RETRY)
+            rest = rest[os.write(self._fd, rest[:_CHUNK]) :]
         self._state[_TORN] = 0.0
 
     def _wait_until_writable(self, deadline: float) -> None:
