@@ -14,9 +14,9 @@ import logging
 import mmap
 import os
 import re
+import resource
 import signal
 import sys
-import time
 import traceback
 from select import PIPE_BUF, POLLOUT
 from select import poll as select_poll
@@ -34,8 +34,20 @@ bind = f"0.0.0.0:{_port}"
 
 # One process with greenlets: silent and slow clients cost memory, not a thread. gevent needs
 # less CPU for a request than gthread here. gunicorn's own default is one sync worker, which
-# any client that does not finish its request stops.
-worker_class = "gevent"
+# any client that does not finish its request stops. Ours adds deadlines to gunicorn's gevent
+# worker, and bounds on the bodies that are held at once.
+worker_class = "pagerduty_compat.worker.GeventWorker"
+
+# What a worker holds at most is in docs/operations.md. Each connection is a descriptor, and
+# many a system starts its services with a limit of 1024.
+worker_connections = 4000
+_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(_hard, max(_soft, 8192)), _hard))
+
+# The largest header of a request: gunicorn's defaults let each connection hold 800 KB.
+limit_request_line = 2048
+limit_request_fields = 50
+limit_request_field_size = 2048
 
 # Alertmanager keeps idle connections for 300 s, and counts one that the server closed first
 # as a failed notification now and then.
@@ -158,12 +170,3 @@ def worker_int(worker: Any) -> None:
     time leaves a traceback.
     """
     os._exit(0)
-
-
-def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
-    """Let the other connections have their turn.
-
-    In a gevent worker a client that always has its next request ready would starve them;
-    there `time.sleep` is gevent's, and elsewhere this costs next to nothing.
-    """
-    time.sleep(0)

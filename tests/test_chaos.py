@@ -9,17 +9,17 @@ import pytest
 @pytest.mark.parametrize(
     ("worker", "processes", "harm"),
     [
-        ("gevent", 2, chaos.sigterm),
-        ("gevent", 2, chaos.hup),
-        ("gevent", 1, chaos.sigkill),
-        ("gevent", 2, chaos.sigkill),
+        ("ours", 2, chaos.sigterm),
+        ("ours", 2, chaos.hup),
+        ("ours", 1, chaos.sigkill),
+        ("ours", 2, chaos.sigkill),
         ("gthread", 2, chaos.sigkill),
         ("sync", 2, chaos.sigkill),
-        ("gevent", 2, chaos.reader_stops_and_resumes),
+        ("ours", 2, chaos.reader_stops_and_resumes),
         ("gthread", 2, chaos.reader_leaves),
-        ("gevent", 1, chaos.stdout_is_non_blocking),
-        ("gevent", 2, chaos.disk_is_full),
-        ("gevent", 1, chaos.stderr_is_stalled),
+        ("ours", 1, chaos.stdout_is_non_blocking),
+        ("ours", 2, chaos.disk_is_full),
+        ("ours", 1, chaos.stderr_is_stalled),
     ],
 )
 def test_no_acknowledged_event_is_lost(worker: str, processes: int, harm: chaos.Harm) -> None:

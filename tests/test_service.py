@@ -139,7 +139,7 @@ def test_gunicorns_own_refusals_leave_no_value_in_the_log(service: Service) -> N
     assert "SECRET" not in service.log
 
 
-@pytest.mark.parametrize("worker", ["gevent", "gthread", "sync"])
+@pytest.mark.parametrize("worker", ["pagerduty_compat.worker.GeventWorker", "gthread", "sync"])
 def test_a_client_that_sends_all_before_it_reads_gets_its_answer(
     start: Callable[..., Service], worker: str
 ) -> None:
@@ -162,6 +162,7 @@ def test_a_connection_is_kept_for_the_next_event(service: Service) -> None:
 WORKERS = [
     ["--workers=1"],
     ["--workers=2"],
+    ["--worker-class=gevent", "--workers=2"],
     ["--worker-class=gthread", "--workers=2", "--threads=4"],
     ["--worker-class=sync", "--workers=2"],
 ]
@@ -200,7 +201,7 @@ def test_plain_gunicorn_runs_the_app(start: Callable[..., Service]) -> None:
 def test_serve_becomes_the_gunicorn_master(start: Callable[..., Service]) -> None:
     service = start()
     assert f"[{service.process.pid}] [INFO] Starting gunicorn" in service.log
-    assert "Using worker: gevent" in service.log
+    assert "Using worker: pagerduty_compat.worker.GeventWorker" in service.log
     assert service.stop() == 0
     assert "Shutting down: Master" in service.log
 
@@ -348,7 +349,7 @@ def test_the_settings_leave_nothing_in_the_master_that_a_hup_should_load_anew() 
     assert not {"flask", "jsonschema", "gevent"} & set(loaded)
 
 
-@pytest.mark.parametrize("worker", ["gevent", "gthread", "sync"])
+@pytest.mark.parametrize("worker", ["pagerduty_compat.worker.GeventWorker", "gthread", "sync"])
 def test_without_a_reader_no_event_is_accepted(start: Callable[..., Service], worker: str) -> None:
     service = start(f"--worker-class={worker}", env={"PAGERDUTY_COMPAT_STDOUT_TIMEOUT": "0.5"})
     assert service.process.stdout is not None
@@ -370,7 +371,7 @@ def test_without_a_reader_no_event_is_accepted(start: Callable[..., Service], wo
     assert ask(service.url + "/-/healthy", method="GET").status == 503  # only a restart mends it
 
 
-@pytest.mark.parametrize("worker", ["gevent", "gthread", "sync"])
+@pytest.mark.parametrize("worker", ["pagerduty_compat.worker.GeventWorker", "gthread", "sync"])
 def test_a_reader_that_stalls_is_a_503_until_it_reads_again(tmp_path: Path, worker: str) -> None:
     port = free_port()
     read, write = os.pipe()

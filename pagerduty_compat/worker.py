@@ -1,0 +1,176 @@
+"""gunicorn's gevent worker, with bounds on what a client may take of it.
+
+gunicorn has no setting for how long a request may take to arrive, nor for how much of what
+has arrived is held at once. A client that is late is treated as one that has left: the rest
+of its request reads as the end of the stream.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from errno import ECONNRESET
+from io import BytesIO
+from socket import SHUT_RD
+from typing import Any
+
+import gevent
+from gevent.lock import Semaphore
+from gunicorn.http.body import Body
+from gunicorn.workers import ggevent
+
+# Seconds for the header of a request, from its first byte or, on a new connection, from the
+# start; for its body; and for the client to take an answer.
+HEADER_SECONDS = 5.0
+BODY_SECONDS = 10.0
+ANSWER_SECONDS = 10.0
+
+# A stopping worker keeps idle connections so long, for a request that may be on its way.
+LINGER_SECONDS = 2.0
+
+# A body of more bytes is large: it is read whole before the app is called, and few of them
+# are held or worked on at once. Of the others, each connection may hold one.
+LARGE_BODY = 16_384
+BODIES_HELD = 128
+BODIES_WORKED_ON = 1
+_MOST_OF_A_BODY = 1_048_576
+
+
+class GeventWorker(ggevent.GeventWorker):
+    """A gevent worker whose clients have deadlines, and take their turns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.idle: set[Client] = set()  # those that have no request under way
+
+    def init_process(self) -> None:
+        self.held = Semaphore(BODIES_HELD)
+        self.worked_on = Semaphore(BODIES_WORKED_ON)
+        super().init_process()
+
+    def timeout_ctx(self) -> Any:
+        return nullcontext()  # gunicorn's covers idling and header with one number
+
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        super().handle(listener, Client(client, self), addr)
+
+    def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+        sock.expect_body()
+        try:
+            if _is_large(req):
+                return self.handle_large(listener_name, req, sock, addr)
+            return super().handle_request(listener_name, req, sock, addr)
+        finally:
+            sock.expect_request()
+            # A client that always has its next request ready would starve the others.
+            gevent.sleep(0)
+
+    def handle_large(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+        with self.held:
+            sock.expect_body()
+            buffered: Any = _Buffered(req.body)
+            req.body = Body(buffered)
+            with self.worked_on:
+                gevent.sleep(0)  # after each of them, the others have a turn
+                return super().handle_request(listener_name, req, sock, addr)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        super().handle_exit(sig, frame)
+        gevent.spawn_later(LINGER_SECONDS, self.hang_up)
+
+    def hang_up(self) -> None:
+        """End the connections that wait for a request: they would last for the graceful time."""
+        for client in list(self.idle):
+            client.hang_up()
+
+
+class Client:
+    """A client's socket, read and written within deadlines."""
+
+    def __init__(self, sock: Any, worker: GeventWorker) -> None:
+        self._sock = sock
+        self._worker = worker
+        self._idle = False
+        self._left = False
+        self._deadline = time.monotonic() + HEADER_SECONDS
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def expect_body(self) -> None:
+        self._idle = False
+        self._deadline = time.monotonic() + BODY_SECONDS
+
+    def expect_request(self) -> None:
+        self._idle = True
+        self._deadline = time.monotonic() + self._worker.cfg.keepalive
+
+    def hang_up(self) -> None:
+        """End a connection that waits for a request, as if the client had."""
+        self._left = True
+        self._sock.shutdown(SHUT_RD)
+
+    def recv(self, size: int) -> bytes:
+        """Return what has come, or nothing, as at the end, once the client is late."""
+        left = self._deadline - time.monotonic()
+        if self._left or left <= 0:
+            self._left = True
+            return b""
+        self._sock.settimeout(left)
+        if self._idle:
+            self._worker.idle.add(self)
+        try:
+            data: bytes = self._sock.recv(size)
+        except TimeoutError:
+            self._left = True
+            return b""
+        except (OSError, ValueError):
+            if self._left:  # hang_up has closed it under us
+                return b""
+            raise
+        finally:
+            self._worker.idle.discard(self)
+        if self._idle:
+            self._idle = False
+            self._deadline = time.monotonic() + HEADER_SECONDS
+        return data
+
+    def sendall(self, data: bytes) -> None:
+        """Send all of it, or raise as if the client had closed the connection."""
+        self._sock.settimeout(ANSWER_SECONDS)
+        try:
+            self._sock.sendall(data)
+        except TimeoutError:
+            raise ConnectionResetError(ECONNRESET, "the answer was not taken") from None
+
+
+class _Buffered:
+    """A reader of a body that has been read, as far as it came, its error included."""
+
+    def __init__(self, body: Any) -> None:
+        self.rest = body
+        self.error: Exception | None = None
+        self.buffer = BytesIO()
+        try:
+            while self.buffer.tell() < _MOST_OF_A_BODY and (chunk := body.read(65_536)):
+                self.buffer.write(chunk)
+        except Exception as error:
+            self.error = error
+        self.buffer.seek(0)
+
+    def read(self, size: int) -> bytes:
+        if data := self.buffer.read(size):
+            return data
+        if self.error is not None:
+            raise self.error
+        rest: bytes = self.rest.read(size)
+        return rest
+
+
+def _is_large(req: Any) -> bool:
+    for name, value in req.headers:
+        if name == "TRANSFER-ENCODING":
+            return True
+        if name == "CONTENT-LENGTH":
+            return int(value) > LARGE_BODY
+    return False
