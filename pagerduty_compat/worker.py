@@ -28,12 +28,17 @@ ANSWER_SECONDS = 10.0
 # A stopping worker keeps idle connections so long, for a request that may be on its way.
 LINGER_SECONDS = 2.0
 
-# A body of more bytes is large: it is read whole before the app is called, and few of them
-# are held or worked on at once. Of the others, each connection may hold one.
+# A body of more bytes than this is large: it is read before the app is called, up to the
+# second number, and few of them are held and worked on at once. Of the smaller ones, each
+# connection may hold one.
 LARGE_BODY = 16_384
-BODIES_HELD = 128
-BODIES_WORKED_ON = 1
-_MOST_OF_A_BODY = 1_048_576
+LARGEST_READ_AHEAD = 1_048_576
+LARGE_BODIES_HELD = 128
+LARGE_BODIES_WORKED_ON = 1
+
+# So many clients that may have their next request ready stand in gevent's queue at once;
+# a new client stands in it behind them.
+TURNS = 4
 
 
 class GeventWorker(ggevent.GeventWorker):
@@ -44,15 +49,17 @@ class GeventWorker(ggevent.GeventWorker):
         self.idle: set[Client] = set()  # those that have no request under way
 
     def init_process(self) -> None:
-        self.held = Semaphore(BODIES_HELD)
-        self.worked_on = Semaphore(BODIES_WORKED_ON)
+        self.held = Semaphore(LARGE_BODIES_HELD)
+        self.worked_on = Semaphore(LARGE_BODIES_WORKED_ON)
+        self.turns = Semaphore(TURNS)
         super().init_process()
 
     def timeout_ctx(self) -> Any:
         return nullcontext()  # gunicorn's covers idling and header with one number
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
-        super().handle(listener, Client(client, self), addr)
+        with_deadlines: Any = Client(client, self)
+        super().handle(listener, with_deadlines, addr)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         sock.expect_body()
@@ -63,7 +70,8 @@ class GeventWorker(ggevent.GeventWorker):
         finally:
             sock.expect_request()
             # A client that always has its next request ready would starve the others.
-            gevent.sleep(0)
+            with self.turns:
+                gevent.sleep(0)
 
     def handle_large(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         with self.held:
@@ -152,7 +160,7 @@ class _Buffered:
         self.error: Exception | None = None
         self.buffer = BytesIO()
         try:
-            while self.buffer.tell() < _MOST_OF_A_BODY and (chunk := body.read(65_536)):
+            while self.buffer.tell() < LARGEST_READ_AHEAD and (chunk := body.read(65_536)):
                 self.buffer.write(chunk)
         except Exception as error:
             self.error = error

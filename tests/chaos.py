@@ -31,7 +31,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import KEY, ask, free_port, wait_for
+import hostile
+from conftest import KEY, Service, ask, free_port, wait_for
 
 CLIENTS = 6
 SIZES = [200, 1_000, 5_000, 20_000, 100_000, 524_288]
@@ -359,10 +360,89 @@ HARMS = [
 ]
 
 
+HOSTILE_HEAD = (
+    "| hostile clients | count | slowest honest request | honest requests | memory before, at the"
+    " peak, after | cut off after | notes |\n|" + " --- |" * 7
+)
+
+
+def memory(pids: list[int]) -> int:
+    """Return the resident memory of some processes, in MB."""
+    status = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
+    return sum(int(text.split("VmRSS:")[1].split()[0]) for text in status) // 1024
+
+
+def settle(pids: list[int]) -> None:
+    """Wait until processes have nothing left to do, for 2 minutes at most."""
+
+    def cpu() -> int:
+        stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in pids]
+        return sum(int(stat.split()[11]) + int(stat.split()[12]) for stat in stats)
+
+    deadline = time.monotonic() + 120
+    before = -100
+    while (now := cpu()) > before + 5 and time.monotonic() < deadline:
+        before = now
+        time.sleep(1)
+
+
+def hostile_run(kind: str, count: int, seconds: float, bound: float) -> tuple[str, list[str]]:
+    """Serve an honest client beside hostile ones; return a row, and what was wrong."""
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        service = Service(Path(folder))
+        children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
+        pids = [int(pid) for pid in children.read_text().split()]
+        command = [sys.executable, str(Path(__file__).parent / "hostile.py"), kind, str(count)]
+        # Once to warm up: a process keeps some of the memory that it has needed once.
+        subprocess.run([*command, str(seconds / 2), str(service.port)], stdout=subprocess.DEVNULL)
+        settle(pids)
+        before = peak = memory(pids)
+        clients = subprocess.Popen(
+            [*command, str(seconds), str(service.port)], stdout=subprocess.PIPE, text=True
+        )
+        statuses: Counter[int] = Counter()
+        slowest = 0.0
+        while clients.poll() is None:
+            began = time.monotonic()
+            answer = ask(service.url + "/v2/enqueue", event(str(began), 500))
+            statuses[answer.status] += 1
+            slowest = max(slowest, time.monotonic() - began)
+            peak = max(peak, memory(pids))
+            time.sleep(0.02)
+        lasted = json.loads(clients.communicate()[0])
+        settle(pids)
+        after = memory(pids)
+        if service.stop():
+            wrong.append("ended badly")
+        if "Traceback" in service.log:
+            wrong.append("a traceback in the log")
+    if set(statuses) != {202}:
+        wrong.append("an honest request was not accepted")
+    if slowest > bound:
+        wrong.append(f"an honest request took more than {bound} s")
+    if after > 1.2 * before:
+        wrong.append("memory is not given back")
+    cut = (
+        f"{lasted['median']:.1f} s, at most {lasted['longest']:.1f}" if lasted["cut"] else "never"
+    )
+    cells = [
+        *(kind.replace("_", " "), str(count), f"{slowest:.2f} s", str(statuses.total())),
+        *(f"{before}, {peak}, {after} MB", cut, "; ".join(wrong) or "-"),
+    ]
+    return f"| {' | '.join(cells)} |", wrong
+
+
 def main() -> int:
-    """Run every harm with every worker class and 1 and 2 processes; print the table."""
+    """Run every harm with every worker class and 1 and 2 processes; print the tables."""
     failed = 0
-    print(HEAD)
+    print(HOSTILE_HEAD)
+    for kind in hostile.KINDS:
+        for count in (50, 500, 2000):
+            row, wrong = hostile_run(kind, count, 12, bound=1)
+            print(row, flush=True)
+            failed += bool(wrong)
+    print(f"\n{HEAD}")
     for worker in ("ours", "gthread", "sync"):
         for processes in (1, 2):
             for harm in HARMS:

@@ -62,6 +62,7 @@ async def answers_never_read(reader: asyncio.StreamReader, writer: asyncio.Strea
     while True:
         writer.write(REQUEST * 20)
         await writer.drain()
+        await asyncio.sleep(0)  # drain does not yield while the kernel takes all of it
 
 
 async def trickled_512_kb(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

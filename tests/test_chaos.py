@@ -25,3 +25,16 @@ import pytest
 def test_no_acknowledged_event_is_lost(worker: str, processes: int, harm: chaos.Harm) -> None:
     counts = chaos.Run(worker, processes, harm, 1.5).judge()
     assert counts.wrong == [], counts.row()
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "seconds"),
+    [("dribbled_header", 500, 7), ("answers_never_read", 500, 3), ("mistakes_512_kb", 50, 3)],
+)
+def test_an_honest_client_is_served_beside_hostile_ones(
+    kind: str, count: int, seconds: float
+) -> None:
+    # The bound is no measurement, but far from what a client that is not served would wait.
+    row, wrong = chaos.hostile_run(kind, count, seconds, bound=5)
+    assert wrong == [], row
+    assert kind != "dribbled_header" or "never" not in row  # they were cut off
