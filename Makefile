@@ -12,9 +12,10 @@ run: .venv/server
 test: .venv/test
 	@$(BIN)/pytest $(ARGS)
 
-# The long form of tests/test_chaos.py; about 10 minutes.
+# The long forms of tests/test_chaos.py and tests/test_machine.py; about 40 minutes.
 chaos: .venv/test
 	@$(BIN)/python tests/chaos.py
+	@EXAMPLES=20000 $(BIN)/pytest -q -s tests/test_machine.py
 
 lint: .venv/test
 	$(BIN)/ruff format --check --diff

@@ -7,67 +7,19 @@ import os
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, NotFound, ServiceUnavailable
 
 from .blueprint import answer, events_blueprint, http_error
+from .settings import InvalidSetting, read_settings, unknown_settings
 from .stdout import EventWriter, NotWritten
 
 log = logging.getLogger("pagerduty_compat")
 
-_PREFIX = "PAGERDUTY_COMPAT_"
-
 # When a client is asked to come back after a line could not be written.
 _RETRY_AFTER_SECONDS = 5
-
-
-class InvalidSetting(ValueError):
-    """A setting that the service cannot start with; its text is one line for people."""
-
-
-class _Setting(NamedTuple):
-    type: type[float]
-    low: float
-    high: float
-    default: float
-
-
-_SETTINGS = {
-    # Seconds for one line to reach stdout, before the client gets a 503. Less than the 25 s
-    # and 30 s after which gunicorn kills a worker.
-    "STDOUT_TIMEOUT": _Setting(float, 0.1, 20, 3.0),
-}
-
-
-def read_settings(environ: Mapping[str, str]) -> dict[str, float]:
-    """Return each setting by its name without the prefix `PAGERDUTY_COMPAT_`.
-
-    An unknown name is a warning: Kubernetes makes some up for a Service of our name.
-
-    Raises:
-        InvalidSetting: a value is not of its type or out of bounds.
-    """
-    for name in environ:
-        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _SETTINGS:
-            log.warning("unknown setting %s is ignored", name)
-    return {name: _read(name, environ.get(_PREFIX + name)) for name in _SETTINGS}
-
-
-def _read(name: str, text: str | None) -> float:
-    setting = _SETTINGS[name]
-    if not text:
-        return setting.default
-    try:
-        value = setting.type(text)
-    except ValueError:
-        value = None
-    if value is None or not setting.low <= value <= setting.high:
-        raise InvalidSetting(
-            f"{_PREFIX}{name} must be a number from {setting.low:g} to {setting.high:g}"
-        )
-    return value
 
 
 def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
@@ -77,6 +29,8 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
         InvalidSetting: a setting is wrong, or stdout is closed.
     """
     _log_where_gunicorn_does()
+    for name in unknown_settings(environ):
+        log.warning("unknown setting %s is ignored", name)
     settings = read_settings(environ)
     for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
         if stream is None:  # its descriptor is free then, and may soon be some client's socket

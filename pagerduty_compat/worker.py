@@ -7,6 +7,7 @@ of its request reads as the end of the stream.
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext
 from errno import ECONNRESET
@@ -19,10 +20,7 @@ from gevent.lock import Semaphore
 from gunicorn.http.body import Body
 from gunicorn.workers import ggevent
 
-# Seconds for the header of a request, from its first byte or, on a new connection, from the
-# start; for its body; and for the client to take an answer.
-HEADER_SECONDS = 5.0
-BODY_SECONDS = 10.0
+# Seconds for a client to take an answer.
 ANSWER_SECONDS = 10.0
 
 # A stopping worker keeps idle connections so long, for a request that may be on its way.
@@ -49,6 +47,12 @@ class GeventWorker(ggevent.GeventWorker):
         self.idle: set[Client] = set()  # those that have no request under way
 
     def init_process(self) -> None:
+        # Here, not at the top: the master imports this module, and a HUP should load that anew.
+        from .settings import read_settings
+
+        settings = read_settings(os.environ)
+        self.header_seconds = settings["HEADER_TIMEOUT"]
+        self.body_seconds = settings["BODY_TIMEOUT"]
         self.held = Semaphore(LARGE_BODIES_HELD)
         self.worked_on = Semaphore(LARGE_BODIES_WORKED_ON)
         self.turns = Semaphore(TURNS)
@@ -100,14 +104,14 @@ class Client:
         self._worker = worker
         self._idle = False
         self._left = False
-        self._deadline = time.monotonic() + HEADER_SECONDS
+        self._deadline = time.monotonic() + self._worker.header_seconds
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sock, name)
 
     def expect_body(self) -> None:
         self._idle = False
-        self._deadline = time.monotonic() + BODY_SECONDS
+        self._deadline = time.monotonic() + self._worker.body_seconds
 
     def expect_request(self) -> None:
         self._idle = True
@@ -140,7 +144,7 @@ class Client:
             self._worker.idle.discard(self)
         if self._idle:
             self._idle = False
-            self._deadline = time.monotonic() + HEADER_SECONDS
+            self._deadline = time.monotonic() + self._worker.header_seconds
         return data
 
     def sendall(self, data: bytes) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -41,10 +42,13 @@ def ask(
     *,
     method: str = "POST",
     headers: dict[str, str] | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> Answer:
     """Send one request; an iterator as body goes out chunked. The answer must be JSON."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=20)
+    if tls:
+        connection = http.client.HTTPSConnection(parts.netloc, timeout=20, context=tls)
     path = url[url.index(parts.netloc) + len(parts.netloc) :]
     try:
         connection.request(method, path, body, headers or {}, encode_chunked=True)
@@ -56,8 +60,8 @@ def ask(
     return Answer(response.status, response.headers, json.loads(raw) if raw else None)
 
 
-def send(url: str, event: object, **headers: str) -> Answer:
-    return ask(url + "/v2/enqueue", json.dumps(event).encode(), headers=headers)
+def send(url: str, event: object, tls: ssl.SSLContext | None = None, **headers: str) -> Answer:
+    return ask(url + "/v2/enqueue", json.dumps(event).encode(), headers=headers, tls=tls)
 
 
 def exchange(port: int, request: bytes, *, half_close: bool = True) -> bytes:
@@ -99,6 +103,8 @@ class Process:
         cwd: Path | None = None,
     ):
         self.stdout = b""
+        self.reading = threading.Event()  # cleared, it reads no more than it is reading
+        self.reading.set()
         self._log = folder / f"{Path(command[0]).name}-{time.monotonic_ns()}.log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -115,7 +121,7 @@ class Process:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        while chunk := os.read(self.process.stdout.fileno(), 65536):
+        while self.reading.wait() and (chunk := os.read(self.process.stdout.fileno(), 65536)):
             self.stdout += chunk
 
     @property
@@ -128,6 +134,7 @@ class Process:
         return [json.loads(line) for line in self.stdout.split(b"\n")[:-1]]
 
     def stop(self) -> int:
+        self.reading.set()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -151,9 +158,11 @@ class Service(Process):
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
         command: tuple[str, ...] = ("-m", "pagerduty_compat", "serve"),
+        tls: ssl.SSLContext | None = None,
     ):
         self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.tls = tls
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         bind = f"--bind=127.0.0.1:{self.port}"
         super().__init__([sys.executable, *command, bind, *options], folder, env, cwd)
         wait_for(self._is_ready)
@@ -161,7 +170,7 @@ class Service(Process):
     def _is_ready(self) -> bool:
         assert self.process.poll() is None, self.log
         try:
-            return ask(self.url + "/-/ready", method="GET").status == 200
+            return ask(self.url + "/-/ready", method="GET", tls=self.tls).status == 200
         except OSError:
             return False
 

@@ -29,7 +29,7 @@ def test_no_acknowledged_event_is_lost(worker: str, processes: int, harm: chaos.
 
 @pytest.mark.parametrize(
     ("kind", "count", "seconds"),
-    [("dribbled_header", 500, 7), ("answers_never_read", 500, 3), ("mistakes_512_kb", 50, 3)],
+    [("answers_never_read", 500, 3), ("mistakes_512_kb", 50, 2)],
 )
 def test_an_honest_client_is_served_beside_hostile_ones(
     kind: str, count: int, seconds: float
@@ -37,4 +37,3 @@ def test_an_honest_client_is_served_beside_hostile_ones(
     # The bound is no measurement, but far from what a client that is not served would wait.
     row, wrong = chaos.hostile_run(kind, count, seconds, bound=5)
     assert wrong == [], row
-    assert kind != "dribbled_header" or "never" not in row  # they were cut off

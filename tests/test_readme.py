@@ -17,7 +17,7 @@ import yaml
 from conftest import KEY, ROOT, Process, Service, ask, free_port, send, trigger, wait_for
 from flask import Flask
 
-from pagerduty_compat import InvalidEvent, server
+from pagerduty_compat import InvalidEvent, settings
 
 README = (ROOT / "README.md").read_text()
 
@@ -118,7 +118,7 @@ def test_every_setting_is_in_the_readme_with_its_bounds_and_default() -> None:
     assert rows.pop("PORT") == ["1", "65535", "8080"]
     assert rows == {
         f"PAGERDUTY_COMPAT_{name}": [f"{each:g}" for each in (s.low, s.high, s.default)]
-        for name, s in server._SETTINGS.items()
+        for name, s in settings.SETTINGS.items()
     }
 
 
