@@ -12,9 +12,11 @@ run: .venv/server
 test: .venv/test
 	@$(BIN)/pytest $(ARGS)
 
-# The long forms of tests/test_chaos.py and tests/test_machine.py; about 40 minutes.
+# What takes too long for make test, and the long forms of tests/test_chaos.py and
+# tests/test_machine.py: about 40 minutes.
 chaos: .venv/test
 	@$(BIN)/python tests/chaos.py
+	@$(BIN)/pytest -q -m slow
 	@EXAMPLES=20000 $(BIN)/pytest -q -s tests/test_machine.py
 
 lint: .venv/test

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class Alertmanager(Process):
     """Alertmanager with the sample's configuration, the receiver changed by the test."""
 
     def __init__(self, folder: Path, url: str, receiver: dict[str, Any]):
+        self.target = url
         config = yaml.safe_load((ROOT / "sample/alertmanager.yml").read_text())
         config["route"].update(group_wait="200ms", group_interval="1s")
         [sample] = config["receivers"][0]["pagerduty_configs"]
@@ -54,6 +56,13 @@ class Alertmanager(Process):
             rf'^{name}{{integration="pagerduty"}} (.*)$', metrics.stdout.decode(), re.M
         )
         return float(line)
+
+    def connections(self) -> set[str]:
+        """Return its open TCP connections, but those of who asks it, as the kernel shows them."""
+        port = f"{int(self.target.rpartition(':')[2]):04X}"
+        table = Path("/proc/net/tcp").read_text().splitlines()[1:]
+        rows = [line.split() for line in table]
+        return {row[1] for row in rows if row[2].endswith(f":{port}") and row[3] == "01"}
 
     def post(self, *alerts: dict[str, Any]) -> None:
         """Fire alerts as Prometheus does."""
@@ -133,6 +142,24 @@ def test_an_event_is_delivered_by_a_retry_once_the_service_is_back(
     service = start(port=port)
     wait_for(lambda: service.lines, 60)
     assert [line["event_action"] for line in service.lines] == ["trigger"]
+
+
+@pytest.mark.slow
+def test_a_pause_of_70_seconds_costs_no_notification(
+    service: Service, alertmanager: Callable[..., Alertmanager]
+) -> None:
+    seen = len(service.lines)
+    sender = alertmanager(service.url)
+    sender.alert("fire", "Paused")
+    wait_for(lambda: len(service.lines) > seen)
+    connection = sender.connections()
+    time.sleep(70)
+    assert sender.connections() == connection  # idle, and kept
+    sender.alert("resolve", "Paused")
+    wait_for(lambda: len(service.lines) > seen + 1)
+    assert sender.metric("alertmanager_notifications_total") == 2
+    assert sender.metric("alertmanager_notifications_failed_total") == 0
+    assert sender.metric("alertmanager_notification_requests_failed_total") == 0
 
 
 def test_an_event_of_512000_bytes_is_accepted(

@@ -6,6 +6,7 @@ EXAMPLES sets how many inputs each test makes: few in `make test`, the same ones
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -193,6 +194,7 @@ class Talk:
     def __init__(self, port: int):
         self.address = ("127.0.0.1", port)
         self.accepted = 0
+        self.unsure = 0
 
     def exchange(self, pieces: list[bytes]) -> list[tuple[int, bytes, bytes]]:
         """Send pieces of bytes, and return each answer as status, head and body."""
@@ -202,11 +204,12 @@ class Talk:
             try:
                 for piece in pieces:
                     connection.sendall(piece)
-                connection.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_WR)
                 while chunk := connection.recv(65_536):
                     text += chunk
-            except ConnectionError:
-                pass  # closed while we were sending
+            except ConnectionError:  # closed while we were sending: an answer may be lost
+                self.unsure += 3
         answers = []
         while text:
             head, _, text = text.partition(b"\r\n\r\n")
@@ -242,7 +245,7 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talk]:
     yield talk
     # Not a line but for a 202, and no value that was sent in the log.
     wait_for(lambda: service.stdout.count(b"\n") >= talk.accepted)
-    assert len(service.lines) == talk.accepted
+    assert talk.accepted <= len(service.lines) <= talk.accepted + talk.unsure
     assert service.stop() == 0
     assert "Traceback" not in service.log
     assert SECRET not in service.log
