@@ -45,9 +45,9 @@ _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (min(_hard, max(_soft, 8192)), _hard))
 
 # The largest header of a request: gunicorn's defaults let each connection hold 800 KB.
-limit_request_line = 2048
-limit_request_fields = 50
-limit_request_field_size = 2048
+limit_request_line = 4094
+limit_request_fields = 40
+limit_request_field_size = 4094
 
 # Alertmanager keeps idle connections for 300 s, and counts one that the server closed first
 # as a failed notification now and then.

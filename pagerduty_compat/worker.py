@@ -44,7 +44,8 @@ class GeventWorker(ggevent.GeventWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.idle: set[Client] = set()  # those that have no request under way
+        # Those that wait for a next request, the longest waiting first.
+        self.idle: dict[Client, None] = {}
 
     def init_process(self) -> None:
         # Here, not at the top: the master imports this module, and a HUP should load that anew.
@@ -80,6 +81,9 @@ class GeventWorker(ggevent.GeventWorker):
     def handle_large(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         with self.held:
             sock.expect_body()
+            if req._expected_100_continue:  # gunicorn would say so only when the app is called
+                req._expected_100_continue = False
+                sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             buffered: Any = _Buffered(req.body)
             req.body = Body(buffered)
             with self.worked_on:
@@ -119,6 +123,7 @@ class Client:
 
     def hang_up(self) -> None:
         """End a connection that waits for a request, as if the client had."""
+        self._worker.idle.pop(self, None)
         self._left = True
         self._sock.shutdown(SHUT_RD)
 
@@ -130,7 +135,9 @@ class Client:
             return b""
         self._sock.settimeout(left)
         if self._idle:
-            self._worker.idle.add(self)
+            self._worker.idle[self] = None
+            if len(self._worker.idle) > self._worker.worker_connections // 2:
+                next(iter(self._worker.idle)).hang_up()  # room for those who have something to say
         try:
             data: bytes = self._sock.recv(size)
         except TimeoutError:
@@ -141,7 +148,7 @@ class Client:
                 return b""
             raise
         finally:
-            self._worker.idle.discard(self)
+            self._worker.idle.pop(self, None)
         if self._idle:
             self._idle = False
             self._deadline = time.monotonic() + self._worker.header_seconds

@@ -99,6 +99,31 @@ def test_no_deadline_of_a_client_cuts_a_line_that_is_being_written(hasty: Servic
     wait_for(lambda: [line for line in hasty.lines if len(line.get("custom", "")) == 300_000])
 
 
+def test_idle_connections_make_room_for_new_ones(start: Callable[..., Service]) -> None:
+    service = start("--worker-connections=10")
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(connect(service)) for _ in range(30)]
+        for connection in idle:
+            exchange(connection)
+        assert answer_to(idle[0]) == b""  # closed
+        exchange(idle[-1])  # kept
+
+
+@pytest.mark.parametrize("size", [1_000, 100_000])
+def test_a_client_that_waits_for_100_continue_gets_it(
+    start: Callable[..., Service], size: int
+) -> None:
+    service = start()
+    event = json.dumps(trigger(custom="x" * size)).encode()
+    with connect(service) as connection:
+        connection.sendall(
+            HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(event)
+        )
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(event)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 202 ")
+
+
 def test_an_idle_connection_does_not_hold_up_the_end(start: Callable[..., Service]) -> None:
     service = start()
     with connect(service) as connection:
