@@ -11,6 +11,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 from .events import MAX_BYTES, InvalidEvent, parse
+from .settings import InvalidSetting, read_settings
 
 APP = "pagerduty_compat.server:create_app()"
 
@@ -109,7 +110,7 @@ def _read(file: str) -> bytes:
 def serve(options: Sequence[str]) -> int:
     """Become gunicorn's master, with the packaged settings; `options` are gunicorn's.
 
-    Returns 2, with a line on how to install it, if what it needs is not there.
+    Returns 2, with a line that says why, if it cannot start.
     """
     if None in map(find_spec, ("flask", "gevent", "gunicorn")):
         print("install what it needs: pip install 'pagerduty-compat[server]'", file=sys.stderr)
@@ -118,6 +119,11 @@ def serve(options: Sequence[str]) -> int:
         if option in options:
             print(f"cannot start: {option} {harm}", file=sys.stderr)
             return 2
+    try:
+        read_settings(os.environ)
+    except InvalidSetting as error:
+        print(f"cannot start: {error}", file=sys.stderr)
+        return 2
     # glibc would keep for later what a burst of large events has taken. A fixed threshold, its
     # own first one, makes it give large blocks back.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")

@@ -293,6 +293,10 @@ def test_it_listens_on_port_8080_or_where_the_environment_says(tmp_path: Path) -
             "cannot start: PAGERDUTY_COMPAT_STDOUT_TIMEOUT must be a number from 0.1 to 20",
         ),
         (
+            {"PAGERDUTY_COMPAT_BODY_TIMEOUT": "0"},
+            "cannot start: PAGERDUTY_COMPAT_BODY_TIMEOUT must be a number from 0.1 to 300",
+        ),
+        (
             {"OPTIONS": "--capture-output"},
             "cannot start: --capture-output would take events off stdout",
         ),
@@ -329,6 +333,22 @@ def test_a_wrong_setting_is_one_line_and_status_2_before_the_port_opens(
     *before, last = run.stderr.splitlines()
     assert (run.returncode, run.stdout, last) == (2, "", line)
     assert all("Starting gunicorn" in line for line in before)  # no port, no worker, no traceback
+
+
+def test_a_wrong_setting_is_found_under_gunicorns_own_command_too() -> None:
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "gunicorn", "--config=python:pagerduty_compat.gunicorn_conf"),
+            *(f"--bind=127.0.0.1:{free_port()}", "pagerduty_compat.server:create_app()"),
+        ],
+        env={**os.environ, "PAGERDUTY_COMPAT_STDOUT_TIMEOUT": "soon"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("cannot start: PAGERDUTY_COMPAT_STDOUT_TIMEOUT")
+    assert len(run.stderr.splitlines()) == 2
 
 
 def test_a_closed_stdout_is_one_line_and_status_2() -> None:
