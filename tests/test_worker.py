@@ -58,6 +58,13 @@ def test_a_header_that_does_not_arrive_is_cut_off(hasty: Service, sent: bytes) -
         assert answer_to(connection) == b""
 
 
+def test_the_header_of_a_later_request_is_cut_off_too(hasty: Service) -> None:
+    with connect(hasty) as connection:
+        exchange(connection)
+        connection.sendall(HEAD)
+        assert answer_to(connection) == b""
+
+
 def test_a_header_that_is_dribbled_is_cut_off(hasty: Service) -> None:
     rest = bytearray(HEAD)
     with connect(hasty) as connection, contextlib.suppress(ConnectionError):
