@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from errno import ECONNRESET
 from io import BytesIO
 from socket import SHUT_RD
@@ -125,7 +125,8 @@ class Client:
         """End a connection that waits for a request, as if the client had."""
         self._worker.idle.pop(self, None)
         self._left = True
-        self._sock.shutdown(SHUT_RD)
+        with suppress(OSError):  # it may be gone; that is no affair of whoever called this
+            self._sock.shutdown(SHUT_RD)
 
     def recv(self, size: int) -> bytes:
         """Return what has come, or nothing, as at the end, once the client is late."""
