@@ -118,10 +118,10 @@ def _body() -> bytes:
         while read <= _MAX_BYTES_READ and (chunk := stream.read(_CHUNK)):
             read += len(chunk)
             body += chunk[: MAX_BYTES + 1 - len(body)]
-    except Exception as error:
+    except Exception:
         # WSGI names no exception for a body that breaks off or is chunked wrongly; each
-        # server raises its own.
-        raise UnrecognizedObject("json:value") from error
+        # server raises its own, which may quote what was sent.
+        raise UnrecognizedObject("json:value") from None
     if len(body) <= MAX_BYTES and read < (get_content_length(request.environ) or 0):
         raise UnrecognizedObject("json:value")
     return bytes(body)

@@ -30,6 +30,7 @@ MAX_DEPTH = 200
 #: After so many wrong items of one list, the rest are not looked at. It bounds what a body
 #: full of mistakes costs, and leaves the verdict alone.
 MAX_WRONG_ITEMS = 100
+
 # PagerDuty's sentences, to the letter where they are on record, its slips included. The order
 # of the rows, not that of the schema, is the order of the errors in an answer. A member with a
 # sentence for "blank" is required, at least of some events.

@@ -74,8 +74,8 @@ forwarder_headers = ""
 
 # What the workers must know of their common stdout, whatever becomes of each of them: two
 # numbers, for pagerduty_compat.stdout. Made here, before the fork, and kept over HUPs, since
-# gunicorn imports this module once. Nothing else may be made here: a lock that exists before
-# gevent patches them freezes the worker.
+# gunicorn imports this module once. No lock may be made here: one that exists before gevent
+# patches them freezes the worker.
 stdout_state = memoryview(mmap.mmap(-1, 16)).cast("d")
 
 

@@ -26,7 +26,7 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     """Return the service: accepted events go to stdout, and all else to the log.
 
     Raises:
-        InvalidSetting: a setting is wrong, or stdout is closed.
+        InvalidSetting: a setting is wrong, or stdout or stderr is closed.
     """
     _log_where_gunicorn_does()
     for name in unknown_settings(environ):

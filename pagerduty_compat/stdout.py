@@ -58,6 +58,9 @@ class EventWriter:
         self._timeout = timeout
         self._state = [0.0, 0.0] if state is None else state
         self._lock = threading.Lock()
+        # gevent's own poll hides POLLERR, and waits for its hub even with no time to wait.
+        monkey = sys.modules.get("gevent.monkey")
+        self._real_poll = monkey.get_original("select", "poll") if monkey else select.poll
 
     def write(self, event: dict[str, Any]) -> None:
         """Write the event as one line, whole, and never between the bytes of another.
@@ -158,8 +161,6 @@ class EventWriter:
         return bool(flags)
 
     def _poll(self) -> int:
-        # gevent's own poll hides POLLERR, and waits for its hub even with no time to wait.
-        monkey = sys.modules.get("gevent.monkey")
-        poll = monkey.get_original("select", "poll")() if monkey else select.poll()
+        poll = self._real_poll()
         poll.register(self._fd, select.POLLOUT)
         return sum(flags for _, flags in poll.poll(0))

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import hostile
-from conftest import KEY, Service, ask, free_port, wait_for
+from conftest import KEY, Service, ask, children_of, free_port, is_ready, wait_for
 
 CLIENTS = 6
 SIZES = [200, 1_000, 5_000, 20_000, 100_000, 524_288]
@@ -127,13 +127,10 @@ class Run:
         wait_for(self.is_ready)
 
     def is_ready(self) -> bool:
-        with contextlib.suppress(OSError):
-            return ask(self.url + "/-/ready", method="GET").status == 200
-        return False
+        return is_ready(self.url)
 
     def workers(self) -> list[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in children.read_text().split()]
+        return children_of(self.process)
 
     def read(self) -> None:
         """Read so slowly that lines are half written for much of the time."""
@@ -391,8 +388,7 @@ def hostile_run(kind: str, count: int, seconds: float, bound: float) -> tuple[st
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         service = Service(Path(folder))
-        children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
-        pids = [int(pid) for pid in children.read_text().split()]
+        pids = children_of(service.process)
         command = [sys.executable, str(Path(__file__).parent / "hostile.py"), kind, str(count)]
         # Once to warm up: a process keeps some of the memory that it has needed once.
         subprocess.run([*command, str(seconds / 2), str(service.port)], stdout=subprocess.DEVNULL)

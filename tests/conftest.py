@@ -64,16 +64,26 @@ def send(url: str, event: object, tls: ssl.SSLContext | None = None, **headers: 
     return ask(url + "/v2/enqueue", json.dumps(event).encode(), headers=headers, tls=tls)
 
 
-def exchange(port: int, request: bytes, *, half_close: bool = True) -> bytes:
-    """Send raw bytes, and return all that comes back until the server closes."""
+def body_of(size: int) -> bytes:
+    """Return an event that is accepted, of so many bytes."""
+    body = json.dumps(trigger(client="")).encode()
+    return body.replace(b'"client": ""', b'"client": "%s"' % (b"x" * (size - len(body))))
+
+
+def exchange(port: int, request: bytes) -> bytes:
+    """Send raw bytes and no more, and return all that comes back."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(request)
-        if half_close:
-            connection.shutdown(socket.SHUT_WR)
-        answer = b""
-        while chunk := connection.recv(65536):
-            answer += chunk
-        return answer
+        connection.shutdown(socket.SHUT_WR)
+        return answer_to(connection)
+
+
+def answer_to(connection: socket.socket) -> bytes:
+    """Return all that comes until the server closes the connection."""
+    text = b""
+    while chunk := connection.recv(65536):
+        text += chunk
+    return text
 
 
 def free_port() -> int:
@@ -90,6 +100,20 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
         assert time.monotonic() < deadline, f"nothing after {seconds} s"
         time.sleep(0.02)
     return value
+
+
+def is_ready(url: str, tls: ssl.SSLContext | None = None) -> bool:
+    """Say whether a service answers, and that it is ready."""
+    try:
+        return ask(url + "/-/ready", method="GET", tls=tls).status == 200
+    except OSError:
+        return False
+
+
+def children_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """Return the process ids of gunicorn's workers, given its master."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in children.read_text().split()]
 
 
 class Process:
@@ -169,10 +193,7 @@ class Service(Process):
 
     def _is_ready(self) -> bool:
         assert self.process.poll() is None, self.log
-        try:
-            return ask(self.url + "/-/ready", method="GET", tls=self.tls).status == 200
-        except OSError:
-            return False
+        return is_ready(self.url, self.tls)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
-from conftest import KEY, trigger
+from conftest import KEY, body_of, trigger
 from jsonschema import Draft202012Validator
 from test_cases import ACCEPTED, REFUSED, Request, expected, is_change
 
@@ -23,11 +23,6 @@ SCHEMAS = {
     name: json.loads((files("pagerduty_compat") / "schema" / f"{name}_event.json").read_bytes())
     for name in ("alert", "change")
 }
-
-
-def body_of(size: int) -> bytes:
-    body = json.dumps(trigger(client="")).encode()
-    return body.replace(b'"client": ""', b'"client": "%s"' % (b"x" * (size - len(body))))
 
 
 def test_an_event_of_512_kb_is_accepted() -> None:

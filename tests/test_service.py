@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Service, ask, exchange, free_port, send, trigger, wait_for
+from conftest import (
+    ROOT,
+    Service,
+    ask,
+    body_of,
+    children_of,
+    exchange,
+    free_port,
+    is_ready,
+    send,
+    trigger,
+    wait_for,
+)
 
 from pagerduty_compat.events import MAX_BYTES
 
@@ -39,11 +50,6 @@ def chunks(body: bytes, size: int = 10_000) -> Iterator[bytes]:
     return (body[i : i + size] for i in range(0, len(body), size))
 
 
-def padded(size: int) -> bytes:
-    body = json.dumps(trigger(client="")).encode()
-    return body.replace(b'"client": ""', b'"client": "%s"' % (b"x" * (size - len(body))))
-
-
 def bad_links() -> bytes:
     body = json.dumps(trigger(links=["?"])).encode()
     return body.replace(b'"?"', b",".join([b"{}"] * ((MAX_BYTES - len(body)) // 3)))
@@ -54,8 +60,8 @@ def bad_links() -> bytes:
     [
         (b"[" * 100_000, JSON_PARSE_ERROR),
         (b"", JSON_PARSE_ERROR),
-        (padded(MAX_BYTES + 1), TOO_LARGE),
-        (padded(3 * MAX_BYTES), TOO_LARGE),
+        (body_of(MAX_BYTES + 1), TOO_LARGE),
+        (body_of(3 * MAX_BYTES), TOO_LARGE),
         (
             bad_links(),
             {**TOO_LARGE, "errors": ["'link href' is missing or blank"]},
@@ -73,8 +79,8 @@ def test_a_bad_body_is_a_400(service: Service, body: bytes, answer: Any, chunked
 
 def test_an_event_of_512_kb_is_accepted_chunked_or_not(service: Service) -> None:
     seen = service.stdout.count(b"\n")
-    assert ask(service.url + "/v2/enqueue", padded(MAX_BYTES)).status == 202
-    assert ask(service.url + "/v2/enqueue", chunks(padded(MAX_BYTES))).status == 202
+    assert ask(service.url + "/v2/enqueue", body_of(MAX_BYTES)).status == 202
+    assert ask(service.url + "/v2/enqueue", chunks(body_of(MAX_BYTES))).status == 202
     wait_for(lambda: service.stdout.count(b"\n") == seen + 2)
     assert [len(line["client"]) > 500_000 for line in service.lines[seen:]] == [True, True]
 
@@ -144,7 +150,7 @@ def test_a_client_that_sends_all_before_it_reads_gets_its_answer(
     start: Callable[..., Service], worker: str
 ) -> None:
     service = start(f"--worker-class={worker}")
-    assert ask(service.url + "/v2/enqueue", padded(6_000_000)).status == 400
+    assert ask(service.url + "/v2/enqueue", body_of(6_000_000)).status == 400
 
 
 def test_what_a_client_says_of_a_proxy_is_not_believed(service: Service) -> None:
@@ -230,9 +236,8 @@ def test_a_hup_loads_new_code(start: Callable[..., Service], tmp_path: Path) -> 
 
 def test_a_worker_that_is_killed_is_replaced(start: Callable[..., Service]) -> None:
     service = start()
-    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
-    [worker] = children.read_text().split()
-    os.kill(int(worker), signal.SIGKILL)
+    [worker] = children_of(service.process)
+    os.kill(worker, signal.SIGKILL)
 
     def answered() -> bool:
         with contextlib.suppress(OSError):
@@ -240,7 +245,7 @@ def test_a_worker_that_is_killed_is_replaced(start: Callable[..., Service]) -> N
         return False
 
     wait_for(answered)
-    assert children.read_text().split() != [worker]
+    assert children_of(service.process) != [worker]
 
 
 def test_the_access_log_stays_off_stdout(start: Callable[..., Service]) -> None:
@@ -258,15 +263,11 @@ def test_a_full_disk_is_a_503_and_not_ready(tmp_path: Path) -> None:
     try:
         url = f"http://127.0.0.1:{port}"
 
-        def status(path: str) -> int | None:
-            with contextlib.suppress(OSError):
-                return ask(url + path, method="GET").status
-            return None
-
-        wait_for(lambda: status("/-/ready") == 200)
+        wait_for(lambda: is_ready(url))
         assert [send(url, trigger()).status for _ in range(2)] == [503, 503]
-        assert status("/-/ready") == 503
-        assert status("/-/healthy") == 200  # a restart would not free the disk
+        assert ask(url + "/-/ready", method="GET").status == 503
+        # A restart would not free the disk.
+        assert ask(url + "/-/healthy", method="GET").status == 200
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
@@ -373,10 +374,8 @@ def test_the_settings_leave_nothing_in_the_master_that_a_hup_should_load_anew() 
 def test_without_a_reader_no_event_is_accepted(start: Callable[..., Service], worker: str) -> None:
     service = start(f"--worker-class={worker}", env={"PAGERDUTY_COMPAT_STDOUT_TIMEOUT": "0.5"})
     assert service.process.stdout is not None
-    head = os.dup(service.process.stdout.fileno())
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, service.process.stdout.fileno())  # the reader leaves
-    os.close(head)
     os.close(null)
     # Our own thread may still sit in its last read.
     wait_for(lambda: send(service.url, trigger()).status == 503)
@@ -404,13 +403,7 @@ def test_a_reader_that_stalls_is_a_503_until_it_reads_again(tmp_path: Path, work
     os.close(write)
     url = f"http://127.0.0.1:{port}"
     try:
-
-        def listening() -> bool:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                return True
-            return False
-
-        wait_for(listening)
+        wait_for(lambda: is_ready(url))
         statuses = [send(url, trigger(custom="x" * 20_000)).status for _ in range(5)]
         assert statuses == [202, 202, 202, 503, 503]  # a pipe holds 64 KB
         began = time.monotonic()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Service, ask, need, send, trigger, wait_for
+from conftest import Service, answer_to, ask, need, send, trigger, wait_for
 
 EVENT = json.dumps(trigger()).encode()
 HEAD = b"POST /v2/enqueue HTTP/1.1\r\nHost: a\r\n"
@@ -31,14 +31,6 @@ def hasty(start: Callable[..., Service]) -> Service:
 
 def connect(service: Service) -> socket.socket:
     return socket.create_connection(("127.0.0.1", service.port), timeout=20)
-
-
-def answer_to(connection: socket.socket) -> bytes:
-    """Return all that comes until the server closes the connection."""
-    text = b""
-    while chunk := connection.recv(65_536):
-        text += chunk
-    return text
 
 
 def exchange(connection: socket.socket) -> bytes:
