@@ -4,6 +4,9 @@ An event is the JSON object that a client sends to PagerDuty's Events API v2. Th
 stand in the JSON Schemas of the folder `schema`, which are all that another validator
 needs. This module reads strict JSON, lets `jsonschema` judge it, and words the verdict as
 PagerDuty does. It knows nothing of HTTP, Flask, stdout or the environment.
+
+Where `jsonschema-rs` is installed, it is asked first, since it is hundreds of times as quick:
+what it accepts is accepted. What it does not, `jsonschema` judges and explains.
 """
 
 from __future__ import annotations
@@ -11,13 +14,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources import files
 from itertools import accumulate, repeat
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
+
+try:
+    import jsonschema_rs
+except ImportError:
+    jsonschema_rs = None  # type: ignore[assignment]
 
 #: The largest event, in bytes: 512 KB, from PagerDuty's status page of June 2018.
 MAX_BYTES = 524_288
@@ -164,7 +172,7 @@ def parse(body: bytes, *, change: bool = False, routing_key: str | None = None) 
         raise UnrecognizedObject("event:type")
     if routing_key and event.get("routing_key") in (None, ""):
         event["routing_key"] = routing_key
-    codes = _judge(_CHANGE_EVENT if change else _ALERT_EVENT, event)
+    codes = _codes(_CHANGE_EVENT if change else _ALERT_EVENT, event)
     if codes:
         raise InvalidEvent(*codes)
     if change:
@@ -266,22 +274,34 @@ def _look(item: Any, properties: Iterable[str]) -> object:
 _ABSENT = object()
 
 
-def _load(name: str) -> Any:
+class _Judge(NamedTuple):
+    """A schema, ready to judge: whether an event is valid for certain, and why it is not."""
+
+    is_valid: Callable[[Any], bool]
+    explain: Any
+
+
+def _load(name: str) -> _Judge:
     schema = json.loads((files(__package__) / "schema" / name).read_text("utf-8"))
     Draft202012Validator.check_schema(schema)
-    return extend(Draft202012Validator, {"items": _items})(schema)
+    explain = extend(Draft202012Validator, {"items": _items})(schema)
+    if jsonschema_rs is None:
+        return _Judge(lambda event: False, explain)
+    return _Judge(jsonschema_rs.Draft202012Validator(schema).is_valid, explain)
 
 
 # Made once, at import: a broken schema stops the start, not the first alert.
 _ALERT_EVENT = _load("alert_event.json")
 _CHANGE_EVENT = _load("change_event.json")
-_NOT_BLANK = re.compile(_ALERT_EVENT.schema["$defs"]["text"]["pattern"])
+_NOT_BLANK = re.compile(_ALERT_EVENT.explain.schema["$defs"]["text"]["pattern"])
 
 
-def _judge(validator: Any, event: dict[str, Any]) -> list[str]:
+def _codes(judge: _Judge, event: dict[str, Any]) -> list[str]:
     """Return the code of all that the schema finds wrong, one a member, in order."""
+    if judge.is_valid(event):
+        return []
     kinds: dict[str, str] = {}
-    for error in validator.iter_errors(event):
+    for error in judge.explain.iter_errors(event):
         for member in _members(error):
             kind = _kind(error, member)
             kinds[member] = min(kind, kinds.get(member, kind), key=_KINDS.index)

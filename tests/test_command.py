@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import trigger
+from conftest import KEY, trigger
+from test_cases import ACCEPTED
 
 from pagerduty_compat.events import MAX_BYTES
 
@@ -133,7 +134,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     folder = tmp_path_factory.mktemp("bare")
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
-        "for name in ('flask', 'werkzeug', 'gunicorn', 'gevent'):\n"
+        "for name in 'flask werkzeug gunicorn gevent jsonschema_rs'.split():\n"
         "    sys.modules[name] = None\n"
     )
     return ("env", f"PYTHONPATH={folder}", *MODULE)
@@ -141,6 +142,11 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 def test_files_are_checked_without_flask(bare: tuple[str, ...], folder: Path) -> None:
     assert run("validate", "bad.json", command=bare) == (1, BAD, "")
+    alert = [str(path) for path in ACCEPTED if path.parent.name == "alert"]
+    change = [str(path) for path in ACCEPTED if path.parent.name == "change"]
+    key = ("--routing-key", KEY)
+    assert run("validate", *key, *alert, command=bare) == (0, "", "")
+    assert run("validate", "--change", *key, *change, command=bare) == (0, "", "")
 
 
 def test_serve_says_what_to_install(bare: tuple[str, ...]) -> None:

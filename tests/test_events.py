@@ -94,6 +94,11 @@ def test_40000_links_cost_little_more_than_a_few(last: str) -> None:
     assert calls_of(lambda: verdict(many)) - calls_of(lambda: verdict(few)) < 30_000 * 10
 
 
+def test_a_valid_event_costs_no_walk_through_the_schema() -> None:
+    body = json.dumps(trigger()).encode()
+    assert calls_of(lambda: parse(body)) < 100  # jsonschema makes 900
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_the_schema_sees_of_images_and_links_what_look_sees(name: str) -> None:
     for part in ("images", "links"):
