@@ -124,9 +124,9 @@ def serve(options: Sequence[str]) -> int:
     except InvalidSetting as error:
         print(f"cannot start: {error}", file=sys.stderr)
         return 2
-    # glibc would keep for later what a burst of large events has taken. A fixed threshold, its
-    # own first one, makes it give large blocks back.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
+    # glibc would keep for later what a burst of large events has taken. A fixed threshold makes
+    # it give large blocks back.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "32768")
     settings = "python:pagerduty_compat.gunicorn_conf"
     command = [sys.executable, "-m", "gunicorn", f"--config={settings}", APP, *options]
     return os.execv(sys.executable, command)

@@ -18,8 +18,11 @@ import resource
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from select import PIPE_BUF, POLLOUT
 from select import poll as select_poll
+from ssl import SSLContext
 from typing import Any
 
 from gunicorn import glogging, sock
@@ -123,6 +126,25 @@ class _Stderr(io.TextIOBase):
             pass
         self.lost = self.lost + 1 if line else 0
         return len(text)
+
+
+# gunicorn must not call for the handshake, which ssl_context leaves for later.
+do_handshake_on_connect = True
+
+
+def ssl_context(config: Any, default_ssl_context_factory: Callable[[], SSLContext]) -> SSLContext:
+    """Leave the TLS handshake to a connection's first read: that one has a deadline."""
+    context: Any = default_ssl_context_factory()
+    wrap = context.wrap_socket
+
+    def wrap_socket(client: Any, **options: Any) -> Any:
+        options["do_handshake_on_connect"] = False
+        if hasattr(client, "start_tls"):
+            return client.start_tls(partial(wrap, **options))
+        return wrap(client, **options)
+
+    context.wrap_socket = wrap_socket
+    return context  # type: ignore[no-any-return]
 
 
 _STDERR = _Stderr()

@@ -1,4 +1,4 @@
-"""gunicorn's gevent worker, with bounds on what a client may take of it.
+"""gunicorn's workers, with bounds on what a client may take of them.
 
 gunicorn has no setting for how long a request may take to arrive, nor for how much of what
 has arrived is held at once. A client that is late is treated as one that has left: the rest
@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from errno import ECONNRESET
 from io import BytesIO
 from socket import SHUT_RD
 from typing import Any
+from weakref import WeakValueDictionary
 
 import gevent
 from gevent.lock import Semaphore
 from gunicorn.http.body import Body
-from gunicorn.workers import ggevent
+from gunicorn.workers import base, ggevent, gthread, sync
 
 # Seconds for a client to take an answer.
 ANSWER_SECONDS = 10.0
@@ -34,18 +36,15 @@ LARGEST_READ_AHEAD = 1_048_576
 LARGE_BODIES_HELD = 128
 LARGE_BODIES_WORKED_ON = 1
 
-# So many clients that may have their next request ready stand in gevent's queue at once;
-# a new client stands in it behind them.
-TURNS = 4
+# So many connections from one address stand in gevent's queue at once, the others behind them:
+# however many it opens, a client from elsewhere waits for a few requests. Those that may have
+# their next request ready stand apart, and let the new ones pass.
+NEW_TURNS = 16
+NEXT_TURNS = 4
 
 
-class GeventWorker(ggevent.GeventWorker):
-    """A gevent worker whose clients have deadlines, and take their turns."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Those that wait for a next request, the longest waiting first.
-        self.idle: dict[Client, None] = {}
+class Worker(base.Worker):
+    """What the workers have in common: the deadlines, as settings."""
 
     def init_process(self) -> None:
         # Here, not at the top: the master imports this module, and a HUP should load that anew.
@@ -54,33 +53,133 @@ class GeventWorker(ggevent.GeventWorker):
         settings = read_settings(os.environ)
         self.header_seconds = settings["HEADER_TIMEOUT"]
         self.body_seconds = settings["BODY_TIMEOUT"]
-        self.held = Semaphore(LARGE_BODIES_HELD)
-        self.worked_on = Semaphore(LARGE_BODIES_WORKED_ON)
-        self.turns = Semaphore(TURNS)
         super().init_process()
 
-    def timeout_ctx(self) -> Any:
-        return nullcontext()  # gunicorn's covers idling and header with one number
+
+class Client:
+    """A client's socket, read and written within deadlines."""
+
+    def __init__(self, sock: Any, worker: Worker) -> None:
+        self._sock = sock
+        self._worker = worker
+        self.left = False
+        self.expect(worker.header_seconds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def start_tls(self, wrap: Callable[..., Any]) -> Client:
+        """Go on over TLS; `wrap` makes a TLS socket of a socket."""
+        self._sock = wrap(self._sock)
+        return self
+
+    def expect(self, seconds: float) -> None:
+        """Set the time for all that is read from now on."""
+        self._deadline = time.monotonic() + seconds
+
+    def settimeout(self, seconds: float | None) -> None:
+        """Leave no more than these seconds; gunicorn asks for them when it waits for the end."""
+        if seconds is not None:
+            self._deadline = min(self._deadline, time.monotonic() + seconds)
+
+    def recv(self, size: int) -> bytes:
+        """Return what has come, or nothing, as at the end, once the client is late."""
+        left = self._deadline - time.monotonic()
+        if self.left or left <= 0:
+            self.left = True
+            return b""
+        try:
+            return self.recv_within(left, size)
+        except TimeoutError:
+            self.left = True
+            return b""
+
+    def recv_within(self, seconds: float | None, size: int) -> bytes:
+        self._sock.settimeout(seconds)
+        data: bytes = self._sock.recv(size)
+        return data
+
+    def sendall(self, data: bytes) -> None:
+        """Send all of it, or raise as if the client had closed the connection."""
+        self._sock.settimeout(ANSWER_SECONDS)
+        try:
+            self._sock.sendall(data)
+        except TimeoutError:
+            raise ConnectionResetError(ECONNRESET, "the answer was not taken") from None
+
+
+class SyncWorker(Worker, sync.SyncWorker):
+    """A sync worker whose clients have deadlines: each of them may stop it for so long."""
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         with_deadlines: Any = Client(client, self)
         super().handle(listener, with_deadlines, addr)
 
+    def handle_request(self, listener: Any, req: Any, client: Any, addr: Any) -> Any:
+        client.expect(self.body_seconds)
+        return super().handle_request(listener, req, client, addr)
+
+
+class ThreadWorker(Worker, gthread.ThreadWorker):
+    """A gthread worker whose clients have deadlines: each may stop a thread for so long."""
+
+    def handle(self, conn: Any) -> Any:
+        if isinstance(conn.sock, Client):
+            conn.sock.expect(self.header_seconds)
+        else:
+            conn.sock = Client(conn.sock, self)
+            conn.data_ready = True  # gunicorn would wait here, and then for the idle time
+        return super().handle(conn) and not conn.sock.left
+
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        conn.sock.expect(self.body_seconds)
+        return super().handle_request(req, conn)
+
+
+class GeventWorker(Worker, ggevent.GeventWorker):
+    """A gevent worker whose clients have deadlines, and take their turns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Those that wait for a next request, the longest waiting first.
+        self.idle: dict[GeventClient, None] = {}
+        self.turns: WeakValueDictionary[tuple[str, int], Semaphore] = WeakValueDictionary()
+
+    def init_process(self) -> None:
+        self.held = Semaphore(LARGE_BODIES_HELD)
+        self.worked_on = Semaphore(LARGE_BODIES_WORKED_ON)
+        super().init_process()
+
+    def timeout_ctx(self) -> Any:
+        return nullcontext()  # gunicorn's covers idling and header with one number
+
+    def take_turn(self, addr: Any, at_once: int) -> None:
+        """Let those go first who wait already; of those from the same address, all but a few."""
+        key = (addr[0] if isinstance(addr, tuple) else "", at_once)
+        turns = self.turns.get(key)
+        if turns is None:
+            turns = self.turns[key] = Semaphore(at_once)
+        with turns:
+            gevent.sleep(0)
+
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        self.take_turn(addr, NEW_TURNS)
+        with_deadlines: Any = GeventClient(client, self)
+        super().handle(listener, with_deadlines, addr)
+
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
-        sock.expect_body()
+        sock.expect(self.body_seconds)
         try:
             if _is_large(req):
                 return self.handle_large(listener_name, req, sock, addr)
             return super().handle_request(listener_name, req, sock, addr)
         finally:
             sock.expect_request()
-            # A client that always has its next request ready would starve the others.
-            with self.turns:
-                gevent.sleep(0)
+            self.take_turn(addr, NEXT_TURNS)
 
     def handle_large(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         with self.held:
-            sock.expect_body()
+            sock.expect(self.body_seconds)
             if req._expected_100_continue:  # gunicorn would say so only when the app is called
                 req._expected_100_continue = False
                 sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -100,68 +199,46 @@ class GeventWorker(ggevent.GeventWorker):
             client.hang_up()
 
 
-class Client:
-    """A client's socket, read and written within deadlines."""
+class GeventClient(Client):
+    """A client that may wait for its next request, while there is room for it."""
 
-    def __init__(self, sock: Any, worker: GeventWorker) -> None:
-        self._sock = sock
-        self._worker = worker
-        self._idle = False
-        self._left = False
-        self._deadline = time.monotonic() + self._worker.header_seconds
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-    def expect_body(self) -> None:
-        self._idle = False
-        self._deadline = time.monotonic() + self._worker.body_seconds
+    _worker: GeventWorker
+    _idle = False
 
     def expect_request(self) -> None:
+        """Keep the connection for the idle time; the header's begins with its first byte."""
         self._idle = True
-        self._deadline = time.monotonic() + self._worker.cfg.keepalive
+        self.expect(self._worker.cfg.keepalive)
 
     def hang_up(self) -> None:
         """End a connection that waits for a request, as if the client had."""
         self._worker.idle.pop(self, None)
-        self._left = True
+        self.left = True
         with suppress(OSError):  # it may be gone; that is no affair of whoever called this
             self._sock.shutdown(SHUT_RD)
 
     def recv(self, size: int) -> bytes:
-        """Return what has come, or nothing, as at the end, once the client is late."""
-        left = self._deadline - time.monotonic()
-        if self._left or left <= 0:
-            self._left = True
-            return b""
-        self._sock.settimeout(left)
-        if self._idle:
-            self._worker.idle[self] = None
-            if len(self._worker.idle) > self._worker.worker_connections // 2:
-                next(iter(self._worker.idle)).hang_up()  # room for those who have something to say
+        if not self._idle:
+            return super().recv(size)
+        self._worker.idle[self] = None
+        if len(self._worker.idle) > self._worker.worker_connections // 2:
+            next(iter(self._worker.idle)).hang_up()  # room for those who have something to say
         try:
-            data: bytes = self._sock.recv(size)
-        except TimeoutError:
-            self._left = True
-            return b""
+            data = super().recv(size)
         except (OSError, ValueError):
-            if self._left:  # hang_up has closed it under us
+            if self.left:  # hang_up has closed it under us
                 return b""
             raise
         finally:
             self._worker.idle.pop(self, None)
-        if self._idle:
-            self._idle = False
-            self._deadline = time.monotonic() + self._worker.header_seconds
+        self._idle = False
+        self.expect(self._worker.header_seconds)
         return data
 
-    def sendall(self, data: bytes) -> None:
-        """Send all of it, or raise as if the client had closed the connection."""
-        self._sock.settimeout(ANSWER_SECONDS)
-        try:
-            self._sock.sendall(data)
-        except TimeoutError:
-            raise ConnectionResetError(ECONNRESET, "the answer was not taken") from None
+    def recv_within(self, seconds: float | None, size: int) -> bytes:
+        # Over TLS, one read may wait many times, for which gevent has no common timeout.
+        with gevent.Timeout(seconds, TimeoutError):
+            return super().recv_within(None, size)
 
 
 class _Buffered:

@@ -358,8 +358,10 @@ HARMS = [
 
 
 HOSTILE_HEAD = (
-    "| hostile clients | count | slowest honest request | honest requests | memory before, at the"
-    " peak, after | cut off after | notes |\n|" + " --- |" * 7
+    "| hostile clients | count | slowest honest request | the same from the address of the hostile"
+    " ones | honest requests | memory before, at the peak, after | cut off after | notes |\n|"
+    + " --- |"
+    * 8
 )
 
 
@@ -391,19 +393,20 @@ def hostile_run(kind: str, count: int, seconds: float, bound: float) -> tuple[st
         pids = children_of(service.process)
         command = [sys.executable, str(Path(__file__).parent / "hostile.py"), kind, str(count)]
         # Once to warm up: a process keeps some of the memory that it has needed once.
-        subprocess.run([*command, str(seconds / 2), str(service.port)], stdout=subprocess.DEVNULL)
+        subprocess.run([*command, str(seconds), str(service.port)], stdout=subprocess.DEVNULL)
         settle(pids)
         before = peak = memory(pids)
         clients = subprocess.Popen(
             [*command, str(seconds), str(service.port)], stdout=subprocess.PIPE, text=True
         )
         statuses: Counter[int] = Counter()
-        slowest = 0.0
+        slowest = {"127.0.0.1": 0.0, hostile.ADDRESS: 0.0}
         while clients.poll() is None:
-            began = time.monotonic()
-            answer = ask(service.url + "/v2/enqueue", event(str(began), 500))
-            statuses[answer.status] += 1
-            slowest = max(slowest, time.monotonic() - began)
+            for source in slowest:
+                began = time.monotonic()
+                answer = ask(service.url + "/v2/enqueue", event(str(began), 500), source=source)
+                statuses[answer.status] += 1
+                slowest[source] = max(slowest[source], time.monotonic() - began)
             peak = max(peak, memory(pids))
             time.sleep(0.02)
         lasted = json.loads(clients.communicate()[0])
@@ -415,7 +418,7 @@ def hostile_run(kind: str, count: int, seconds: float, bound: float) -> tuple[st
             wrong.append("a traceback in the log")
     if set(statuses) != {202}:
         wrong.append("an honest request was not accepted")
-    if slowest > bound:
+    if slowest["127.0.0.1"] > bound:
         wrong.append(f"an honest request took more than {bound} s")
     if after > 1.2 * before:
         wrong.append("memory is not given back")
@@ -423,7 +426,8 @@ def hostile_run(kind: str, count: int, seconds: float, bound: float) -> tuple[st
         f"{lasted['median']:.1f} s, at most {lasted['longest']:.1f}" if lasted["cut"] else "never"
     )
     cells = [
-        *(kind.replace("_", " "), str(count), f"{slowest:.2f} s", str(statuses.total())),
+        *(kind.replace("_", " "), str(count), *(f"{each:.2f} s" for each in slowest.values())),
+        str(statuses.total()),
         *(f"{before}, {peak}, {after} MB", cut, "; ".join(wrong) or "-"),
     ]
     return f"| {' | '.join(cells)} |", wrong

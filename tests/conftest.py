@@ -43,10 +43,11 @@ def ask(
     method: str = "POST",
     headers: dict[str, str] | None = None,
     tls: ssl.SSLContext | None = None,
+    source: str = "127.0.0.1",
 ) -> Answer:
     """Send one request; an iterator as body goes out chunked. The answer must be JSON."""
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=20)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=20, source_address=(source, 0))
     if tls:
         connection = http.client.HTTPSConnection(parts.netloc, timeout=20, context=tls)
     path = url[url.index(parts.netloc) + len(parts.netloc) :]

@@ -1,6 +1,7 @@
 """Clients that mean harm: `hostile.py KIND COUNT SECONDS PORT` keeps so many of them busy.
 
-Whoever is cut off comes again. Prints how long they lasted, as JSON.
+They come from an address of their own. Whoever is cut off comes again. Prints how long they
+lasted, as JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Awaitable, Callable
 
 from conftest import trigger
 
+ADDRESS = "127.0.0.2"
 HEAD = b"POST /v2/enqueue HTTP/1.1\r\nHost: a\r\n"
 EVENT = json.dumps(trigger()).encode()
 REQUEST = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(EVENT), EVENT)
@@ -96,7 +98,9 @@ async def attack(kind: str, count: int, seconds: float, port: int) -> dict[str, 
             began = time.monotonic()
             try:
                 limit = 4096 if kind == "answers_never_read" else 65_536
-                reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=limit)
+                reader, writer = await asyncio.open_connection(
+                    "127.0.0.1", port, limit=limit, local_addr=(ADDRESS, 0)
+                )
             except OSError:
                 await asyncio.sleep(0.1)
                 continue

@@ -5,32 +5,43 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from conftest import Service, answer_to, ask, need, send, trigger, wait_for
+from conftest import Service, answer_to, ask, children_of, need, send, trigger, wait_for
+
+from pagerduty_compat.worker import GeventClient
 
 EVENT = json.dumps(trigger()).encode()
 HEAD = b"POST /v2/enqueue HTTP/1.1\r\nHost: a\r\n"
 REQUEST = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(EVENT), EVENT)
 
 
+HASTY = {"PAGERDUTY_COMPAT_HEADER_TIMEOUT": "0.5", "PAGERDUTY_COMPAT_BODY_TIMEOUT": "0.5"}
+WORKERS = ["GeventWorker", "ThreadWorker", "SyncWorker"]
+
+
 @pytest.fixture
-def hasty(start: Callable[..., Service]) -> Service:
-    """A service with short deadlines."""
-    return start(
-        env={"PAGERDUTY_COMPAT_HEADER_TIMEOUT": "0.5", "PAGERDUTY_COMPAT_BODY_TIMEOUT": "0.5"}
-    )
+def hasty(start: Callable[..., Service], request: pytest.FixtureRequest) -> Service:
+    """A service with short deadlines; a test may ask for a worker class."""
+    worker = getattr(request, "param", "GeventWorker")
+    return start(f"--worker-class=pagerduty_compat.worker.{worker}", env=HASTY)
 
 
-def connect(service: Service) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", service.port), timeout=20)
+every_worker = pytest.mark.parametrize("hasty", WORKERS, indirect=True)
+
+
+def connect(service: Service, source: str = "127.0.0.1") -> socket.socket:
+    return socket.create_connection(("127.0.0.1", service.port), 20, (source, 0))
 
 
 def exchange(connection: socket.socket) -> bytes:
@@ -43,6 +54,7 @@ def exchange(connection: socket.socket) -> bytes:
     return text
 
 
+@every_worker
 @pytest.mark.parametrize("sent", [b"", b"P", HEAD], ids=["silent", "begun", "unfinished"])
 def test_a_header_that_does_not_arrive_is_cut_off(hasty: Service, sent: bytes) -> None:
     with connect(hasty) as connection:
@@ -57,6 +69,7 @@ def test_the_header_of_a_later_request_is_cut_off_too(hasty: Service) -> None:
         assert answer_to(connection) == b""
 
 
+@every_worker
 def test_a_header_that_is_dribbled_is_cut_off(hasty: Service) -> None:
     rest = bytearray(HEAD)
     with connect(hasty) as connection, contextlib.suppress(ConnectionError):
@@ -66,6 +79,7 @@ def test_a_header_that_is_dribbled_is_cut_off(hasty: Service) -> None:
     assert rest
 
 
+@every_worker
 @pytest.mark.parametrize("size", [100, 100_000])
 def test_a_body_that_does_not_arrive_is_a_400_and_cut_off(hasty: Service, size: int) -> None:
     with connect(hasty) as connection:
@@ -108,6 +122,41 @@ def test_idle_connections_make_room_for_new_ones(start: Callable[..., Service]) 
         exchange(idle[-1])  # kept
 
 
+def test_hanging_up_on_a_client_that_has_gone_fails_nobody_else() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    with ours:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        theirs.close()  # a reset
+        worker: Any = SimpleNamespace(idle={}, header_seconds=1)
+        client = GeventClient(ours, worker)
+        worker.idle[client] = None
+        with pytest.raises(OSError, match="not connected"):
+            ours.shutdown(socket.SHUT_RD)
+        client.hang_up()
+        assert worker.idle == {}
+        assert client.recv(1) == b""
+
+
+def test_many_requests_from_one_address_do_not_hold_up_another(
+    start: Callable[..., Service],
+) -> None:
+    service = start()
+    [worker] = children_of(service.process)
+    with contextlib.ExitStack() as stack:
+        os.kill(worker, signal.SIGSTOP)
+        clients = [stack.enter_context(connect(service, "127.0.0.2")) for _ in range(300)]
+        for connection in clients:
+            connection.sendall(REQUEST)
+        another = stack.enter_context(connect(service))
+        another.sendall(REQUEST.replace(b"disk full", b"cpu blaze"))
+        os.kill(worker, signal.SIGCONT)
+        wait_for(lambda: len(service.lines) == 301)
+    summaries = [line["payload"]["summary"] for line in service.lines]
+    assert summaries.index("cpu blaze") < 100  # it was the last to come
+
+
 @pytest.mark.parametrize("size", [1_000, 100_000])
 def test_a_client_that_waits_for_100_continue_gets_it(
     start: Callable[..., Service], size: int
@@ -146,33 +195,65 @@ def test_a_stopping_worker_answers_on_its_open_connections(start: Callable[..., 
         assert answer_to(connection) == b""
 
 
-def test_tls_works_with_deadlines_too(start: Callable[..., Service], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], ssl.SSLContext]:
+    """Return the options that turn TLS on, and a client's context that trusts it."""
     need("openssl", "openssl")
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
-    files = [
-        "-addext",
-        "subjectAltName=IP:127.0.0.1",
-        "-keyout",
-        str(key),
-        "-out",
-        str(certificate),
-    ]
-    subprocess.run([*command.split(), *files], check=True, capture_output=True)
+    command += f" -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {certificate}"
+    subprocess.run(command.split(), check=True, capture_output=True)
     context = ssl.create_default_context(cafile=str(certificate))
-    service = start(
-        f"--certfile={certificate}",
-        f"--keyfile={key}",
-        env={"PAGERDUTY_COMPAT_HEADER_TIMEOUT": "0.5"},
-        tls=context,
-    )
-    assert send(service.url, trigger(dedup_key="k"), tls=context).status == 202
-    assert ask(service.url + "/-/ready", method="GET", tls=context).status == 200
+    return [f"--certfile={certificate}", f"--keyfile={key}"], context
+
+
+Certified = tuple[list[str], ssl.SSLContext]
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_tls_works_with_deadlines_too(
+    start: Callable[..., Service], certified: Certified, worker: str
+) -> None:
+    options, tls = certified
+    options = [*options, f"--worker-class=pagerduty_compat.worker.{worker}"]
+    service = start(*options, env=HASTY, tls=tls)
+    assert send(service.url, trigger(dedup_key="k"), tls=tls).status == 202
     wait_for(lambda: service.lines)
-    with context.wrap_socket(connect(service), server_hostname="127.0.0.1") as connection:
+    with tls.wrap_socket(connect(service), server_hostname="127.0.0.1") as connection:
         connection.sendall(HEAD)
         assert answer_to(connection) == b""
-    with context.wrap_socket(connect(service), server_hostname="127.0.0.1") as connection:
+    assert ask(service.url + "/-/ready", method="GET", tls=tls).status == 200
+    assert service.stop() == 0
+    assert "Traceback" not in service.log
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_tls_handshake_that_is_dribbled_is_cut_off(
+    start: Callable[..., Service], certified: Certified, worker: str
+) -> None:
+    options, tls = certified
+    options = [*options, f"--worker-class=pagerduty_compat.worker.{worker}"]
+    service = start(*options, env=HASTY, tls=tls)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1").do_handshake()
+    rest = bytearray(outgoing.read())
+    assert len(rest) > 200
+    with connect(service) as connection, contextlib.suppress(ConnectionError):
+        while rest:
+            connection.sendall(bytes([rest.pop(0)]))
+            time.sleep(0.05)
+    assert rest
+    assert ask(service.url + "/-/ready", method="GET", tls=tls).status == 200
+
+
+def test_an_idle_tls_connection_does_not_hold_up_the_end(
+    start: Callable[..., Service], certified: Certified
+) -> None:
+    options, tls = certified
+    service = start(*options, tls=tls)
+    with tls.wrap_socket(connect(service), server_hostname="127.0.0.1") as connection:
         exchange(connection)
         service.process.send_signal(signal.SIGTERM)
         assert answer_to(connection) == b""
