@@ -33,7 +33,7 @@ clean:
 	@echo 'installing into .venv ...' >&2
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--editable '.[server$(if $(filter %test,$@),$(comma)test)]' >&2
+		--editable '.[server$(if $(filter %test,$@),$(comma)redis$(comma)test)]' >&2
 	@touch $@
 
 comma := ,

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 from .events import MAX_BYTES, InvalidEvent, parse
-from .settings import InvalidSetting, read_settings
+from .settings import InvalidSetting, read_routing_keys, read_settings
 
 APP = "pagerduty_compat.server:create_app()"
 
@@ -120,15 +120,17 @@ def serve(options: Sequence[str]) -> int:
             print(f"cannot start: {option} {harm}", file=sys.stderr)
             return 2
     try:
-        read_settings(os.environ)
+        settings = read_settings(os.environ)
+        if settings.routing_keys_file:
+            read_routing_keys(settings.routing_keys_file)
     except InvalidSetting as error:
         print(f"cannot start: {error}", file=sys.stderr)
         return 2
     # glibc would keep for later what a burst of large events has taken. A fixed threshold makes
     # it give large blocks back.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "32768")
-    settings = "python:pagerduty_compat.gunicorn_conf"
-    command = [sys.executable, "-m", "gunicorn", f"--config={settings}", APP, *options]
+    config = "--config=python:pagerduty_compat.gunicorn_conf"
+    command = [sys.executable, "-m", "gunicorn", config, APP, *options]
     return os.execv(sys.executable, command)
 
 

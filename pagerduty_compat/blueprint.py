@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from flask import Blueprint, Response, request
@@ -24,7 +25,25 @@ _MAX_BYTES_READ = 16 * MAX_BYTES
 _CHUNK = 65_536
 
 
-def events_blueprint(on_event: Callable[[dict[str, Any]], object]) -> Blueprint:
+class Answered(NamedTuple):
+    """What became of one event that was sent."""
+
+    #: Whether it was sent as a change event.
+    change: bool
+    #: The event, or None if it was refused before it was one.
+    event: dict[str, Any] | None
+    #: The status of the answer.
+    status: int
+    #: The codes of `InvalidEvent`, if it was refused.
+    codes: tuple[str, ...]
+    #: From the end of the header to the answer.
+    seconds: float
+
+
+def events_blueprint(
+    on_event: Callable[[dict[str, Any]], object],
+    on_answer: Callable[[Answered], object] = lambda answered: None,
+) -> Blueprint:
     """Return a blueprint that answers `/v2/enqueue` and `/v2/change/enqueue` as PagerDuty.
 
     It can be registered under any prefix, and again under another name. It reads the body
@@ -36,28 +55,43 @@ def events_blueprint(on_event: Callable[[dict[str, Any]], object]) -> Blueprint:
             event always has its `dedup_key`; a change event has none, and no
             `event_action`. What it returns is ignored. If it raises, the client gets an
             error of the 5xx class and sends the event again, so it must be idempotent on
-            `dedup_key` (one that was generated is new each time). An exception of
-            `werkzeug.exceptions`, ServiceUnavailable say, sets the status itself.
+            `dedup_key` (one that was generated is new each time). `InvalidEvent` refuses
+            the event with 400. An exception of `werkzeug.exceptions` sets the status
+            itself: ServiceUnavailable, say, or TooManyRequests, which becomes PagerDuty's 429.
+        on_answer: called once for each event that was sent, when its answer is known; for
+            counting. It must not raise.
     """
     blueprint = Blueprint("pagerduty_compat", __name__)
 
     def enqueue(change: bool) -> Response:
         if request.method != "POST":
             raise MethodNotAllowed(["POST"])
+        began = time.perf_counter()
+        event = None
+        status = 500
+        codes: tuple[str, ...] = ()
         try:
             event = parse(_body(), change=change, routing_key=request.headers.get("X-Routing-Key"))
+            members = {}
+            if not change:
+                members["dedup_key"] = event["dedup_key"] = event.get("dedup_key") or uuid4().hex
+            on_event(event)
+            status = 202
+            kind = "Change event" if change else "Event"
+            return answer(202, "success", f"{kind} processed", **members)
         except InvalidEvent as error:
+            status, codes = 400, error.codes
             kind = "a change event" if change else "an alert event"
             log.warning(
                 "refused %s from %s: %s", kind, request.remote_addr, "; ".join(error.errors)
             )
             return answer(400, error.status, error.message, errors=list(error.errors))
-        if change:
-            on_event(event)
-            return answer(202, "success", "Change event processed")
-        dedup_key = event["dedup_key"] = event.get("dedup_key") or uuid4().hex
-        on_event(event)
-        return answer(202, "success", "Event processed", dedup_key=dedup_key)
+        except HTTPException as error:
+            status = error.code or 500
+            raise
+        finally:
+            seconds = time.perf_counter() - began
+            on_answer(Answered(change, event, status, codes, seconds))
 
     for path, change in (("/v2/enqueue", False), ("/v2/change/enqueue", True)):
         blueprint.add_url_rule(
@@ -88,17 +122,22 @@ def answer(code: int, status: str, message: str, **members: Any) -> Response:
 def http_error(error: HTTPException) -> Response:
     """Return any error of HTTP as JSON in PagerDuty's shape, its own headers kept."""
     code = error.code or 500
-    message = error.name
+    status, message, reason = error.name.lower(), error.name, error.name
     if code in (404, 405):
         message = "Events are sent to /v2/enqueue and /v2/change/enqueue with POST"
+    elif code == 429:
+        status, reason = "throttle exceeded", "Enhance Your Calm."
+        message = "Requests for this service are arriving too quickly.  Please retry later."
     elif code >= 500:
         message = "Please retry later."
-    response = answer(code, error.name.lower(), message, errors=[error.name])
+    response = answer(code, status, message, errors=[reason])
     for name, value in error.get_headers():
         if name != "Content-Type":
             response.headers[name] = value
     if code == 405 and "POST" in response.headers.get("Allow", ""):
         response.headers["Allow"] = "POST"  # our rules take other methods only to refuse them
+    if code == 429 and "Retry-After" in response.headers:
+        response.headers["ratelimit-reset"] = response.headers["Retry-After"]
     return response
 
 

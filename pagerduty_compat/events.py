@@ -52,6 +52,7 @@ _SENTENCES: dict[str, dict[str, str]] = {
         "blank": "'{}' cannot be blank",
         "type": _STRING,
         "length": "Length of '{}' is incorrect (should be 32 characters)",
+        "value": "Invalid routing key",  # of a list that the schema does not know
     },
     "event_action": {
         "blank": _BLANK,

@@ -9,20 +9,23 @@ master has imported, a HUP does not load anew.
 
 from __future__ import annotations
 
+import importlib
 import io
+import itertools
 import logging
 import mmap
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from functools import partial
 from select import PIPE_BUF, POLLOUT
 from select import poll as select_poll
-from ssl import SSLContext
 from typing import Any
 
 from gunicorn import glogging, sock
@@ -81,6 +84,14 @@ forwarder_headers = ""
 # patches them freezes the worker.
 stdout_state = memoryview(mmap.mmap(-1, 16)).cast("d")
 
+# The digests of the routing keys that are served, or None for any. Kept here so that a HUP
+# that finds a bad file leaves the old ones in force.
+routing_keys: frozenset[bytes] | None = None
+
+# The folder in which all workers count for Prometheus, and the place of this one there.
+metrics_folder = ""
+worker_slot: int | None = None
+
 
 class Logger(glogging.Logger):
     """gunicorn's logger, on a stderr that it never waits for.
@@ -132,9 +143,9 @@ class _Stderr(io.TextIOBase):
 do_handshake_on_connect = True
 
 
-def ssl_context(config: Any, default_ssl_context_factory: Callable[[], SSLContext]) -> SSLContext:
+def ssl_context(config: Any, default_ssl_context_factory: Callable[[], Any]) -> Any:
     """Leave the TLS handshake to a connection's first read: that one has a deadline."""
-    context: Any = default_ssl_context_factory()
+    context = default_ssl_context_factory()
     wrap = context.wrap_socket
 
     def wrap_socket(client: Any, **options: Any) -> Any:
@@ -144,7 +155,7 @@ def ssl_context(config: Any, default_ssl_context_factory: Callable[[], SSLContex
         return wrap(client, **options)
 
     context.wrap_socket = wrap_socket
-    return context  # type: ignore[no-any-return]
+    return context
 
 
 _STDERR = _Stderr()
@@ -157,6 +168,7 @@ def on_starting(server: Any) -> None:
     In a worker it would be a traceback, or a worker forked again and again. Here it is one
     line on stderr and exit status 2; `--log-level debug` adds the traceback.
     """
+    global metrics_folder
     pid = os.fork()
     if pid == 0:
         logging.disable()  # what the app has to say at its start, the workers will say
@@ -178,6 +190,59 @@ def on_starting(server: Any) -> None:
         os._exit(status)
     if os.waitpid(pid, 0)[1]:
         sys.exit(2)
+    _read_routing_keys(server)
+    metrics_folder = tempfile.mkdtemp(prefix="pagerduty-compat-", dir=worker_tmp_dir)
+    settings = _settings().read_settings(os.environ)
+    if server.cfg.workers > 1 and settings.calls_per_minute and not settings.redis_url:
+        server.log.warning(
+            "each of %d workers accepts %d events a minute of a routing key:"
+            " PAGERDUTY_COMPAT_REDIS_URL would make them share the number",
+            server.cfg.workers,
+            settings.calls_per_minute,
+        )
+
+
+def on_reload(server: Any) -> None:
+    """Read the routing keys again, before new workers start."""
+    _read_routing_keys(server)
+
+
+def _read_routing_keys(server: Any) -> None:
+    global routing_keys
+    module = _settings()
+    if file := module.read_settings(os.environ).routing_keys_file:
+        try:
+            routing_keys = module.read_routing_keys(file)
+        except module.InvalidSetting as error:
+            server.log.error("%s: the routing keys stay as they were", error)
+
+
+def _settings() -> Any:
+    """Return the module as it is now, and forget it: a HUP is to load it anew."""
+    name = f"{__package__}.settings"
+    module = importlib.import_module(name)
+    del sys.modules[name]
+    return module
+
+
+def pre_fork(server: Any, worker: Any) -> None:
+    """Give a worker a place among those that live: it counts on from a dead one's numbers."""
+    taken = {other.slot for other in server.WORKERS.values()}
+    worker.slot = next(slot for slot in itertools.count() if slot not in taken)
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """Tell the worker's own process of its place, and let it be stopped while it starts."""
+    global worker_slot
+    # It would go on with the master's handler, which remembers the signal and does nothing.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    worker_slot = worker.slot
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_folder
+
+
+def on_exit(server: Any) -> None:
+    """Remove what only this run needed."""
+    shutil.rmtree(metrics_folder, ignore_errors=True)
 
 
 def post_worker_init(worker: Any) -> None:

@@ -62,25 +62,29 @@ class EventWriter:
         monkey = sys.modules.get("gevent.monkey")
         self._real_poll = monkey.get_original("select", "poll") if monkey else select.poll
 
-    def write(self, event: dict[str, Any]) -> None:
+    def write(self, event: dict[str, Any]) -> int:
         """Write the event as one line, whole, and never between the bytes of another.
+
+        Returns the length of the line in bytes.
 
         Raises:
             NotWritten: nobody reads, the disk is full, or it took longer than the timeout.
                 Further events then fail at once until stdout can be written again.
         """
         text = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+        line = text.encode() + b"\n"
         deadline = time.monotonic() + self._timeout
         with self._locked(deadline):
             try:
                 if self._overdue() and not self._writable():
                     raise NotWritten("it is not read")
-                self._write(text.encode() + b"\n", deadline)
+                self._write(line, deadline)
             except (NotWritten, OSError) as error:
                 self._state[_SINCE] = time.monotonic() - self._timeout
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise NotWritten(f"stdout cannot be written: {reason}") from error
             self._state[_SINCE] = 0.0
+        return len(line)
 
     def ready(self) -> bool:
         """Say at once whether the next event can be expected to be written.

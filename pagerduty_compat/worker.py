@@ -51,8 +51,8 @@ class Worker(base.Worker):
         from .settings import read_settings
 
         settings = read_settings(os.environ)
-        self.header_seconds = settings["HEADER_TIMEOUT"]
-        self.body_seconds = settings["BODY_TIMEOUT"]
+        self.header_seconds = settings.header_timeout
+        self.body_seconds = settings.body_timeout
         super().init_process()
 
 

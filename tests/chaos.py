@@ -119,7 +119,10 @@ class Run:
                 self.stop()
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self.command, stdout=self.stdout, stderr=self.stderr)
+        env = {**os.environ, "PAGERDUTY_COMPAT_CALLS_PER_MINUTE": "0"}
+        self.process = subprocess.Popen(
+            self.command, stdout=self.stdout, stderr=self.stderr, env=env
+        )
         os.close(self.stdout)
         os.close(self.stderr)
         self.reader = threading.Thread(target=self.read, daemon=True)

@@ -21,10 +21,12 @@ PROGRAM = "prometheus-alertmanager"  # Debian's name for it
 class Alertmanager(Process):
     """Alertmanager with the sample's configuration, the receiver changed by the test."""
 
-    def __init__(self, folder: Path, url: str, receiver: dict[str, Any]):
+    def __init__(
+        self, folder: Path, url: str, receiver: dict[str, Any], group_interval: str = "1s"
+    ):
         self.target = url
         config = yaml.safe_load((ROOT / "sample/alertmanager.yml").read_text())
-        config["route"].update(group_wait="200ms", group_interval="1s")
+        config["route"].update(group_wait="200ms", group_interval=group_interval)
         [sample] = config["receivers"][0]["pagerduty_configs"]
         assert sample["url"] == "http://127.0.0.1:8080/v2/enqueue"
         sample.update(receiver, url=url + "/v2/enqueue")
@@ -76,8 +78,8 @@ def alertmanager(tmp_path: Path) -> Iterator[Callable[..., Alertmanager]]:
     need("curl", "curl")
     started: list[Alertmanager] = []
 
-    def start(url: str, **receiver: Any) -> Alertmanager:
-        started.append(Alertmanager(tmp_path, url, receiver))
+    def start(url: str, group_interval: str = "1s", **receiver: Any) -> Alertmanager:
+        started.append(Alertmanager(tmp_path, url, receiver, group_interval))
         return started[-1]
 
     yield start
@@ -160,6 +162,25 @@ def test_a_pause_of_70_seconds_costs_no_notification(
     assert sender.metric("alertmanager_notifications_total") == 2
     assert sender.metric("alertmanager_notifications_failed_total") == 0
     assert sender.metric("alertmanager_notification_requests_failed_total") == 0
+
+
+@pytest.mark.slow
+def test_an_event_that_was_throttled_arrives_when_the_window_opens(
+    start: Callable[..., Service], alertmanager: Callable[..., Alertmanager]
+) -> None:
+    service = start(env={"PAGERDUTY_COMPAT_CALLS_PER_MINUTE": "1"})
+    # It tries again for as long as a group_interval.
+    sender = alertmanager(service.url, group_interval="90s")
+    sender.alert("fire", "First")
+    wait_for(lambda: len(service.lines) == 1)
+    sender.alert("fire", "Second")
+    wait_for(lambda: "status code 429" in sender.log)
+    assert "Enhance Your Calm." in sender.log
+    assert len(service.lines) == 1
+    wait_for(lambda: len(service.lines) == 2, 70)
+    assert sender.metric("alertmanager_notifications_total") == 2
+    assert sender.metric("alertmanager_notifications_failed_total") == 0
+    print(*(line for line in sender.log.splitlines() if "429" in line), sep="\n")
 
 
 def test_an_event_of_512000_bytes_is_accepted(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
 import pytest
-from conftest import KEY, body_of, trigger
+from conftest import KEY, body_of, calls_of, trigger
 from jsonschema import Draft202012Validator
 from test_cases import ACCEPTED, REFUSED, Request, expected, is_change
 
@@ -40,22 +39,6 @@ def test_an_event_of_one_byte_more_is_refused() -> None:
 def test_100000_nested_brackets_are_a_json_parse_error(bracket: str) -> None:
     with pytest.raises(UnrecognizedObject, match="JSON parse error"):
         parse(bracket.encode() * 100_000)
-
-
-def calls_of(work: Callable[[], object]) -> int:
-    """Count the calls of Python and C functions, a cost that no other program changes."""
-    calls = 0
-
-    def count(_frame: object, event: str, _arg: object) -> None:
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return calls
 
 
 def refuse(body: bytes) -> InvalidEvent:

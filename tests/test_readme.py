@@ -10,14 +10,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import yaml
 from conftest import KEY, ROOT, Process, Service, ask, free_port, send, trigger, wait_for
 from flask import Flask
 
-from pagerduty_compat import InvalidEvent, settings
+from pagerduty_compat import InvalidEvent
+from pagerduty_compat.settings import PREFIX, InvalidSetting, Settings, read_settings
 
 README = (ROOT / "README.md").read_text()
 
@@ -112,22 +113,35 @@ def test_the_app_of_the_readme_is_the_sample_and_works() -> None:
 
 
 def test_every_setting_is_in_the_readme_with_its_bounds_and_default() -> None:
-    rows: dict[str, list[Any]] = {}
-    for name, meaning, default in re.findall(r"^\| `([A-Z_]+)` \| (.*) \| (.*) \|$", README, re.M):
-        rows[name] = [*re.findall(r"[0-9.]+", meaning), default]
-    assert rows.pop("PORT") == ["1", "65535", "8080"]
-    assert rows == {
-        f"PAGERDUTY_COMPAT_{name}": [f"{each:g}" for each in (s.low, s.high, s.default)]
-        for name, s in settings.SETTINGS.items()
+    rows = {
+        name.removeprefix(PREFIX).lower(): (meaning, default)
+        for name, meaning, default in re.findall(
+            r"^\| `([A-Z_]+)` \| (.*) \| (.*) \|$", README, re.M
+        )
     }
+    assert rows.pop("port") == ("the port to listen on, 1 to 65535", "8080")
+    assert [*rows] == [*Settings._fields]
+    for name, (meaning, default) in rows.items():
+        value = getattr(Settings(), name)
+        shown = {"": "-", False: "false"}.get(value, f"{value:g}" if value else "")
+        assert default == shown, name
+        for low, high in re.findall(r"([0-9.]+) to ([0-9.]+)", meaning):
+            for bound, beyond in ((low, float(low) - 0.01), (high, float(high) + 0.01)):
+                assert getattr(read_settings({PREFIX + name.upper(): bound}), name) == float(bound)
+                with pytest.raises(InvalidSetting):
+                    read_settings({PREFIX + name.upper(): str(beyond)})
 
 
 def test_every_path_of_the_readme_answers(service: Service) -> None:
     paths = re.findall(r"^\| `(POST|GET) (/[^`]*)`", README, re.MULTILINE)
-    assert len(paths) == 5
+    assert len(paths) == 6
     for method, path in paths:
         body = b"{}" if method == "POST" else None
-        status = ask(service.url + path, body, method=method).status
+        status = 200
+        if path == "/metrics":
+            assert b"pagerduty_compat_events_total" in urlopen(service.url + path).read()
+        else:
+            status = ask(service.url + path, body, method=method).status
         assert status == (400 if method == "POST" else 200)
 
 

@@ -10,7 +10,7 @@ from conftest import trigger
 from flask.testing import FlaskClient
 
 from pagerduty_compat.server import create_app
-from pagerduty_compat.settings import InvalidSetting, read_settings, unknown_settings
+from pagerduty_compat.settings import InvalidSetting, Settings, read_settings, unknown_settings
 
 
 @pytest.fixture
@@ -85,15 +85,21 @@ def test_other_methods_are_405_in_json(client: FlaskClient, path: str, allow: st
 
 
 def test_settings_have_defaults() -> None:
-    assert read_settings({"PAGERDUTY_COMPAT_STDOUT_TIMEOUT": ""}) == {
-        "STDOUT_TIMEOUT": 3,
-        "HEADER_TIMEOUT": 5,
-        "BODY_TIMEOUT": 10,
-    }
+    assert read_settings({"PAGERDUTY_COMPAT_STDOUT_TIMEOUT": ""}) == Settings(
+        stdout_timeout=3,
+        header_timeout=5,
+        body_timeout=10,
+        calls_per_minute=120,
+        redis_url="",
+        routing_keys_file="",
+        mask_routing_keys=False,
+    )
 
 
-def test_a_setting_is_read_from_the_environment() -> None:
-    assert read_settings({"PAGERDUTY_COMPAT_STDOUT_TIMEOUT": "0.5"})["STDOUT_TIMEOUT"] == 0.5
+def test_settings_are_read_from_the_environment() -> None:
+    environ = {"STDOUT_TIMEOUT": "0.5", "CALLS_PER_MINUTE": "0", "MASK_ROUTING_KEYS": "True"}
+    settings = read_settings({f"PAGERDUTY_COMPAT_{name}": environ[name] for name in environ})
+    assert settings == Settings(stdout_timeout=0.5, calls_per_minute=0, mask_routing_keys=True)
 
 
 @pytest.mark.parametrize("value", ["fast", "0", "0.09", "20.1", "-1", "nan", "inf", "3s"])

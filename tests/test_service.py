@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import random
 import shutil
 import signal
@@ -349,6 +350,11 @@ def test_a_wrong_setting_is_found_under_gunicorns_own_command_too() -> None:
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith("cannot start: PAGERDUTY_COMPAT_STDOUT_TIMEOUT")
     assert len(run.stderr.splitlines()) == 2
+
+
+def test_the_log_of_a_start_has_nothing_to_warn_of(start: Callable[..., Service]) -> None:
+    for line in start().log.splitlines():
+        assert re.match(r"\[[^]]*\] \[[0-9]+\] \[INFO\] ", line)
 
 
 def test_a_closed_stdout_is_one_line_and_status_2() -> None:
