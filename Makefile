@@ -8,9 +8,9 @@ BIN = .venv/bin
 run: .venv/server
 	@exec $(BIN)/pagerduty-compat serve $(ARGS)
 
-# ARGS are pytest's: make test ARGS='-k alertmanager'
+# ARGS are pytest's: make test ARGS='-k alertmanager'. Most of the time, tests wait for servers.
 test: .venv/test
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n 3 --dist loadscope $(ARGS)
 
 # What takes too long for make test, and the long forms of tests/test_chaos.py and
 # tests/test_machine.py: about 40 minutes.
