@@ -77,6 +77,9 @@ class Client:
         """Set the time for all that is read from now on."""
         self._deadline = time.monotonic() + seconds
 
+    def gettimeout(self) -> None:
+        """Return no timeout, for gunicorn to set again after its own."""
+
     def settimeout(self, seconds: float | None) -> None:
         """Leave no more than these seconds; gunicorn asks for them when it waits for the end."""
         if seconds is not None:
