@@ -82,7 +82,6 @@ redis.call('LTRIM', KEYS[1], -calls, -1)
 if redis.call('LLEN', KEYS[1]) == calls then
   local wait = redis.call('LINDEX', KEYS[1], 0) + window - now
   if wait > 0 then return wait end
-  redis.call('LPOP', KEYS[1])
 end
 redis.call('RPUSH', KEYS[1], now)
 redis.call('PEXPIRE', KEYS[1], window)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -121,6 +122,18 @@ def test_a_million_random_keys_take_little_memory() -> None:
         [sys.executable, "-c", MILLION_KEYS], check=True, capture_output=True, text=True
     )
     assert int(done.stdout) < 50_000_000
+
+
+def test_what_is_over_is_not_kept() -> None:
+    throttle = MemoryThrottle(1_000_000, 0.001)
+    tracemalloc.start()
+    try:
+        for _ in range(100_000):
+            throttle.take(KEY)
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size < 1_000_000  # with all of them it would be 3,200,000
 
 
 def test_random_keys_do_not_make_an_honest_client_wait() -> None:
