@@ -20,7 +20,6 @@ _REFUSED = {
     "-D": "would take events off stdout",
     "--daemon": "would take events off stdout",
     "--capture-output": "would take events off stdout",
-    "--preload": "would load the app before gevent is ready for it",
 }
 
 

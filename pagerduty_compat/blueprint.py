@@ -36,7 +36,7 @@ class Answered(NamedTuple):
     status: int
     #: The codes of `InvalidEvent`, if it was refused.
     codes: tuple[str, ...]
-    #: From the end of the header to the answer.
+    #: How long it took to read, judge and handle it.
     seconds: float
 
 

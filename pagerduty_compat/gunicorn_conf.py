@@ -22,8 +22,6 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
-from functools import partial
 from select import PIPE_BUF, POLLOUT
 from select import poll as select_poll
 from typing import Any
@@ -139,25 +137,6 @@ class _Stderr(io.TextIOBase):
         return len(text)
 
 
-# gunicorn must not call for the handshake, which ssl_context leaves for later.
-do_handshake_on_connect = True
-
-
-def ssl_context(config: Any, default_ssl_context_factory: Callable[[], Any]) -> Any:
-    """Leave the TLS handshake to a connection's first read: that one has a deadline."""
-    context = default_ssl_context_factory()
-    wrap = context.wrap_socket
-
-    def wrap_socket(client: Any, **options: Any) -> Any:
-        options["do_handshake_on_connect"] = False
-        if hasattr(client, "start_tls"):
-            return client.start_tls(partial(wrap, **options))
-        return wrap(client, **options)
-
-    context.wrap_socket = wrap_socket
-    return context
-
-
 _STDERR = _Stderr()
 logger_class = Logger
 
@@ -168,7 +147,6 @@ def on_starting(server: Any) -> None:
     In a worker it would be a traceback, or a worker forked again and again. Here it is one
     line on stderr and exit status 2; `--log-level debug` adds the traceback.
     """
-    global metrics_folder
     pid = os.fork()
     if pid == 0:
         logging.disable()  # what the app has to say at its start, the workers will say
@@ -176,6 +154,8 @@ def on_starting(server: Any) -> None:
         try:
             if server.cfg.daemon or server.cfg.capture_output:
                 raise ValueError("--daemon and --capture-output would take events off stdout")
+            if server.cfg.preload_app:
+                raise ValueError("--preload would load the app before gevent is ready for it")
             if server.cfg.is_ssl:
                 for file in filter(None, (server.cfg.certfile, server.cfg.keyfile)):
                     open(file).close()  # its error names the file
@@ -191,7 +171,6 @@ def on_starting(server: Any) -> None:
     if os.waitpid(pid, 0)[1]:
         sys.exit(2)
     _read_routing_keys(server)
-    metrics_folder = tempfile.mkdtemp(prefix="pagerduty-compat-", dir=worker_tmp_dir)
     settings = _settings().read_settings(os.environ)
     if server.cfg.workers > 1 and settings.calls_per_minute and not settings.redis_url:
         server.log.warning(
@@ -200,6 +179,12 @@ def on_starting(server: Any) -> None:
             server.cfg.workers,
             settings.calls_per_minute,
         )
+
+
+def when_ready(server: Any) -> None:
+    """Make what the workers need, now that nothing can stop the start any more."""
+    global metrics_folder
+    metrics_folder = tempfile.mkdtemp(prefix="pagerduty-compat-", dir=worker_tmp_dir)
 
 
 def on_reload(server: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import platform
 from typing import Any
 
@@ -10,6 +12,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from .blueprint import Answered
+
+log = logging.getLogger("pagerduty_compat")
 
 _OUTCOMES = {202: "accepted", 400: "refused", 429: "throttled"}
 
@@ -26,7 +30,7 @@ class Metrics:
                 None to count alone. Whoever comes next to the same place counts on from
                 there, so that the folder does not grow.
         """
-        self._shared = slot is not None
+        self._shared = slot is not None and _reserve(slot)
         if self._shared:
             values.ValueClass = values.MultiProcessValue(lambda: slot)
         self._registry = registry = CollectorRegistry()
@@ -44,7 +48,7 @@ class Metrics:
         )
         self._answers = Histogram(
             "pagerduty_compat_answer_duration_seconds",
-            "Time from the end of an event's header to its answer.",
+            "Time that the service worked on an event, from its header or its large body on.",
             ["endpoint"],
             registry=registry,
         )
@@ -88,3 +92,20 @@ class Metrics:
             MultiProcessCollector(registry := CollectorRegistry())
         encode, content_type = choose_encoder(accept)
         return encode(registry), content_type
+
+
+def _reserve(slot: int) -> bool:
+    """Take the memory that counting needs, or return False.
+
+    prometheus_client maps files that have holes; where the folder is full, the first write to
+    one would kill the process.
+    """
+    folder = os.environ["PROMETHEUS_MULTIPROC_DIR"]
+    try:
+        for kind in ("counter", "histogram", "gauge_max"):
+            with open(f"{folder}/{kind}_{slot}.db", "ab") as file:
+                os.posix_fallocate(file.fileno(), 0, 65_536)  # what it maps at first
+    except OSError as error:
+        log.warning("this worker counts alone in /metrics: %s: %s", folder, error.strerror)
+        return False
+    return True

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from hashlib import sha256
+from queue import Empty, LifoQueue
 from typing import Any, Protocol
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ MAX_KEYS = 10_000
 # Seconds that an event may wait for Redis, and that pass before it is tried again.
 REDIS_TIMEOUT = 0.1
 REDIS_RETRY = 1.0
+
+# So many events ask Redis at once; the others wait, no longer than the timeout.
+REDIS_CONNECTIONS = 8
 
 
 class Throttle(Protocol):
@@ -60,10 +64,15 @@ class MemoryThrottle:
             if len(times) == self._calls and (wait := times[0] + self._window - now) > 0:
                 return wait
             # Two for each that comes: what is over goes, and no call pays for many.
-            for _ in range(min(2, len(times))):
-                if times[0] <= now - self._window:
+            over = now - self._window
+            for _ in range(2):
+                if times and times[0] <= over:
                     times.popleft()
             times.append(now)
+            for _ in range(2):
+                oldest, others = next(iter(self._times.items()))
+                if not others or others[-1] <= over:
+                    del self._times[oldest]
             return 0.0
 
     def give_back(self, routing_key: str) -> None:
@@ -93,7 +102,7 @@ class RedisThrottle:
     """Counts in Redis, for all processes and machines that share it.
 
     While Redis does not answer, events are accepted: losing an alert is worse than exceeding
-    a rate. The first that finds out waits for it; from then on a thread looks after Redis,
+    a rate. Those that find out wait for the timeout; from then on a thread looks after Redis,
     and no event waits.
     """
 
@@ -118,68 +127,99 @@ class RedisThrottle:
         self._limits = (calls, round(window * 1000))
         self._on_failure = on_failure
         self._errors = (redis.RedisError, OSError)
-        # One connection, not a pool: a pool would connect while an event waits, for as long as
-        # it takes to resolve a name.
-        self._connection: Any = redis.ConnectionPool.from_url(
-            url,
+        self._closed = (redis.ConnectionError, ConnectionError)
+        self._pool = redis.ConnectionPool.from_url(url, protocol=2)  # asks for less at the start
+        self._pool.connection_kwargs.update(  # whatever the URL says
             socket_timeout=REDIS_TIMEOUT,
             socket_connect_timeout=REDIS_TIMEOUT,
             retry=Retry(NoBackoff(), 0),
-            protocol=2,  # asks for less at the start
-        ).make_connection()
+        )
+        # The connections that no event uses. Redis's own pool would make one while an event
+        # waits, for as long as it takes to resolve a name.
+        self._idle: LifoQueue[Any] = LifoQueue()
         self._lock = threading.Lock()
-        self._answers = True
-        try:
-            self._connect()
-        except self._errors as error:
-            self._lose(error)
+        self._answers = False
+        self._look(said=False).join(2 * REDIS_TIMEOUT)
 
     def take(self, routing_key: str) -> float:
         wait: int | None = self._ask("EVAL", _TAKE, 1, _name(routing_key), *self._limits)
-        return (wait or 0) / 1000
+        if wait is None:
+            self._on_failure()
+            return 0.0
+        return wait / 1000
 
     def give_back(self, routing_key: str) -> None:
         self._ask("RPOP", _name(routing_key))
 
     def _ask(self, *command: object) -> Any:
         """Return what Redis says, or None if it says nothing in time."""
-        if self._answers and self._lock.acquire(timeout=REDIS_TIMEOUT):
-            try:
-                if self._answers:
-                    return self._command(*command)
-            except self._errors as error:
-                self._lose(error)
-            finally:
-                self._lock.release()
-        self._on_failure()
-        return None
-
-    def _command(self, *command: object) -> Any:
-        self._connection.send_command(*command)
-        return self._connection.read_response()
-
-    def _connect(self) -> None:
-        self._connection.disconnect()
-        self._connection.connect()
-        # More than a PING: a Redis that answers may still refuse to write.
-        self._command("EVAL", _TAKE, 1, _name(""), *self._limits)
+        idle = self._idle
+        if not self._answers:
+            return None
+        try:
+            connection = idle.get(timeout=REDIS_TIMEOUT)
+        except Empty:
+            return None
+        try:
+            answer = _command(connection, *command)
+        except self._errors as error:
+            self._lose(error)
+            return None
+        idle.put(connection)
+        return answer
 
     def _lose(self, error: Exception) -> None:
-        self._answers = False
-        # Its text may hold what stands in the URL.
-        reason = type(error).__name__
-        log.warning("Redis does not answer (%s): events pass without a limit", reason)
-        threading.Thread(target=self._find, daemon=True).start()
+        with self._lock:
+            if not self._answers:
+                return  # another one has noticed
+            self._answers = False
+        # Redis closes connections that are idle for long. If there are new ones at once, that is
+        # not worth a word.
+        said = not isinstance(error, self._closed)
+        if said:
+            _say_lost(error)
+        self._look(said)
 
-    def _find(self) -> None:
-        while not self._answers:
-            try:
-                with self._lock:
-                    self._connect()
-                    self._answers = True
-            except self._errors:
+    def _look(self, said: bool) -> threading.Thread:
+        thread = threading.Thread(target=self._find, args=(said,), daemon=True)
+        thread.start()
+        return thread
+
+    def _find(self, said: bool) -> None:
+        """Connect, again and again; say that Redis is lost, if that is not said, and found."""
+        while True:
+            if said:
                 time.sleep(REDIS_RETRY)
-        log.warning("Redis answers again: the limit holds")
+            try:
+                self._idle = self._connect()
+                break
+            except self._errors as error:
+                if not said:
+                    _say_lost(error)
+                said = True
+        if said:
+            log.warning("Redis answers again: the limit holds")
+        self._answers = True
+
+    def _connect(self) -> LifoQueue[Any]:
+        idle: LifoQueue[Any] = LifoQueue()
+        for _ in range(REDIS_CONNECTIONS):
+            connection = self._pool.connection_class(**self._pool.connection_kwargs)
+            connection.connect()
+            # More than a PING: a Redis that answers may still refuse to write.
+            _command(connection, "EVAL", _TAKE, 1, _name(""), *self._limits)
+            idle.put(connection)
+        return idle
+
+
+def _command(connection: Any, *command: object) -> Any:
+    connection.send_command(*command)
+    return connection.read_response()
+
+
+def _say_lost(error: Exception) -> None:
+    # Not its text, which may hold what stands in the URL.
+    log.warning("Redis does not answer (%s): events pass without a limit", type(error).__name__)
 
 
 def _name(routing_key: str) -> str:

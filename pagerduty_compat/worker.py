@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from errno import ECONNRESET
+from functools import partial
 from io import BytesIO
-from socket import SHUT_RD
+from socket import SHUT_RD, SHUT_WR
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -34,6 +35,7 @@ LINGER_SECONDS = 2.0
 LARGE_BODY = 16_384
 LARGEST_READ_AHEAD = 1_048_576
 LARGE_BODIES_HELD = 128
+LARGE_BODIES_OF_ONE_ADDRESS = 32
 LARGE_BODIES_WORKED_ON = 1
 
 # So many connections from one address stand in gevent's queue at once, the others behind them:
@@ -53,6 +55,8 @@ class Worker(base.Worker):
         settings = read_settings(os.environ)
         self.header_seconds = settings.header_timeout
         self.body_seconds = settings.body_timeout
+        self.cfg.set("ssl_context", _ssl_context)
+        self.cfg.set("do_handshake_on_connect", True)  # or gunicorn would call for it, too early
         super().init_process()
 
 
@@ -84,6 +88,16 @@ class Client:
         """Leave no more than these seconds; gunicorn asks for them when it waits for the end."""
         if seconds is not None:
             self._deadline = min(self._deadline, time.monotonic() + seconds)
+
+    def finish(self) -> None:
+        """Wait until the client has taken its answer and left, for as long as gunicorn would."""
+        self.settimeout(LINGER_SECONDS)
+        with suppress(OSError):
+            self._sock.shutdown(SHUT_WR)
+            for _ in range(16):
+                if not self.recv(4096):
+                    break
+        self.left = True
 
     def recv(self, size: int) -> bytes:
         """Return what has come, or nothing, as at the end, once the client is late."""
@@ -132,7 +146,10 @@ class ThreadWorker(Worker, gthread.ThreadWorker):
         else:
             conn.sock = Client(conn.sock, self)
             conn.data_ready = True  # gunicorn would wait here, and then for the idle time
-        return super().handle(conn) and not conn.sock.left
+        if super().handle(conn) and not conn.sock.left:
+            return True
+        conn.sock.finish()  # here, since gunicorn would do so in the thread that accepts
+        return False
 
     def handle_request(self, req: Any, conn: Any) -> Any:
         conn.sock.expect(self.body_seconds)
@@ -146,7 +163,7 @@ class GeventWorker(Worker, ggevent.GeventWorker):
         super().__init__(*args, **kwargs)
         # Those that wait for a next request, the longest waiting first.
         self.idle: dict[GeventClient, None] = {}
-        self.turns: WeakValueDictionary[tuple[str, int], Semaphore] = WeakValueDictionary()
+        self.shares: WeakValueDictionary[tuple[str, int], Semaphore] = WeakValueDictionary()
 
     def init_process(self) -> None:
         self.held = Semaphore(LARGE_BODIES_HELD)
@@ -156,13 +173,17 @@ class GeventWorker(Worker, ggevent.GeventWorker):
     def timeout_ctx(self) -> Any:
         return nullcontext()  # gunicorn's covers idling and header with one number
 
+    def share(self, addr: Any, at_once: int) -> Semaphore:
+        """Return what lets so many clients from one address pass at once."""
+        key = (addr[0] if isinstance(addr, tuple) else "", at_once)
+        share = self.shares.get(key)
+        if share is None:
+            share = self.shares[key] = Semaphore(at_once)
+        return share
+
     def take_turn(self, addr: Any, at_once: int) -> None:
         """Let those go first who wait already; of those from the same address, all but a few."""
-        key = (addr[0] if isinstance(addr, tuple) else "", at_once)
-        turns = self.turns.get(key)
-        if turns is None:
-            turns = self.turns[key] = Semaphore(at_once)
-        with turns:
+        with self.share(addr, at_once):
             gevent.sleep(0)
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
@@ -181,14 +202,15 @@ class GeventWorker(Worker, ggevent.GeventWorker):
             self.take_turn(addr, NEXT_TURNS)
 
     def handle_large(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
-        with self.held:
+        with self.share(addr, LARGE_BODIES_OF_ONE_ADDRESS), self.held:
             sock.expect(self.body_seconds)
             if req._expected_100_continue:  # gunicorn would say so only when the app is called
                 req._expected_100_continue = False
                 sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             buffered: Any = _Buffered(req.body)
             req.body = Body(buffered)
-            with self.worked_on:
+            # One that is longer than what was read ahead is refused unseen, as fast as it comes.
+            with nullcontext() if buffered.over else self.worked_on:
                 gevent.sleep(0)  # after each of them, the others have a turn
                 return super().handle_request(listener_name, req, sock, addr)
 
@@ -208,10 +230,14 @@ class GeventClient(Client):
     _worker: GeventWorker
     _idle = False
 
+    def expect(self, seconds: float) -> None:
+        self._idle = False
+        super().expect(seconds)
+
     def expect_request(self) -> None:
         """Keep the connection for the idle time; the header's begins with its first byte."""
-        self._idle = True
         self.expect(self._worker.cfg.keepalive)
+        self._idle = True
 
     def hang_up(self) -> None:
         """End a connection that waits for a request, as if the client had."""
@@ -234,7 +260,6 @@ class GeventClient(Client):
             raise
         finally:
             self._worker.idle.pop(self, None)
-        self._idle = False
         self.expect(self._worker.header_seconds)
         return data
 
@@ -242,6 +267,24 @@ class GeventClient(Client):
         # Over TLS, one read may wait many times, for which gevent has no common timeout.
         with gevent.Timeout(seconds, TimeoutError):
             return super().recv_within(None, size)
+
+
+def _ssl_context(config: Any, default_ssl_context_factory: Callable[[], Any]) -> Any:
+    """Leave the TLS handshake to a connection's first read: that one has a deadline."""
+    context = default_ssl_context_factory()
+    wrap = context.wrap_socket
+
+    def wrap_socket(client: Any, **options: Any) -> Any:
+        options["do_handshake_on_connect"] = False
+        if isinstance(client, Client):
+            return client.start_tls(partial(wrap, **options))
+        try:
+            return wrap(client, **options)
+        except OSError:  # it has left already; gevent would print a traceback
+            raise gevent.GreenletExit from None
+
+    context.wrap_socket = wrap_socket
+    return context
 
 
 class _Buffered:
@@ -256,6 +299,7 @@ class _Buffered:
                 self.buffer.write(chunk)
         except Exception as error:
             self.error = error
+        self.over = self.buffer.tell() >= LARGEST_READ_AHEAD
         self.buffer.seek(0)
 
     def read(self, size: int) -> bytes:

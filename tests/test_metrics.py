@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -143,3 +144,26 @@ def test_the_sums_are_right_over_workers_kills_and_hups(start: Start) -> None:
     assert len(list(folder.glob("counter_*.db"))) <= 6
     assert service.stop() == 0
     assert not folder.exists()
+
+
+def test_a_worker_that_has_no_memory_to_share_counts_alone(tmp_path: Path) -> None:
+    code = (
+        "from pagerduty_compat.metrics import Metrics\n"
+        "metrics = Metrics('1.0', slot=0)\n"
+        "metrics.lines.inc()\n"
+        "print(metrics.text('')[0].decode())\n"
+    )
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(tmp_path)]
+    subprocess.run(mount, check=True)
+    try:
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert run.returncode == 0  # it was a SIGBUS
+    assert "pagerduty_compat_lines_written_total 1.0" in run.stdout
+    assert "this worker counts alone in /metrics" in run.stderr

@@ -9,6 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 from conftest import (
@@ -111,6 +113,9 @@ def test_a_storm_of_one_key_gets_the_shared_number(scale: Callable[[int], Scale]
     assert three.statuses == {202: 120, 429: 180}
     wait_for(lambda: three.printed() >= three.acknowledged)
     assert all(replica.lines for replica in three.replicas)  # each of them had a part
+    for path in ("/metrics", "/metrics/", "/%6detrics", "/-/healthy"):
+        with pytest.raises(HTTPError, match="404"):
+            urlopen(three.url + path)
     assert send(three.url, trigger(routing_key=KEY[::-1])).status == 202
 
 
@@ -124,7 +129,7 @@ def test_without_redis_the_storm_passes(
         three.redis.process.wait()
     three.storm(300)
     assert three.statuses == {202: 300}
-    print(f"slowest answer with Redis {harm.name}: {three.slowest * 1000:.0f} ms")
+    assert three.slowest < 2  # a bound that no machine needs; each waits 0.1 s at most for Redis
 
 
 def test_a_replica_that_is_killed_loses_nothing_acknowledged(
@@ -137,6 +142,6 @@ def test_a_replica_that_is_killed_loses_nothing_acknowledged(
     os.killpg(three.replicas[0].process.pid, signal.SIGKILL)
     storm.join()
     assert sum(three.statuses.values()) == 1500
-    assert set(three.statuses) <= {202, 503}
-    assert len(three.acknowledged) > 1400
+    # Those under way were sent to another replica; its own answers may break off after the status.
+    assert three.statuses == {202: 1500}
     wait_for(lambda: three.printed() >= three.acknowledged)

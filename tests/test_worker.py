@@ -13,6 +13,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -260,3 +261,105 @@ def test_an_idle_tls_connection_does_not_hold_up_the_end(
         assert answer_to(connection) == b""
         assert service.process.wait(15) == 0
     assert "Traceback" not in service.log
+
+
+def large(size: int) -> bytes:
+    event = json.dumps(trigger(custom="x" * size)).encode()
+    return HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(event), event)
+
+
+# What follows bounds what one client does to another: each of these waited for 10 s or more.
+SOON = 5.0
+
+
+def is_served_soon(service: Service, request: bytes) -> None:
+    with connect(service) as connection:
+        connection.settimeout(SOON)
+        connection.sendall(request)
+        assert connection.recv(100).startswith(b"HTTP/1.1 202 ")
+
+
+def test_large_bodies_that_do_not_come_do_not_hold_up_those_of_others(
+    start: Callable[..., Service],
+) -> None:
+    service = start()
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            connection = stack.enter_context(connect(service, "127.0.0.2"))
+            connection.sendall(HEAD + b"Content-Length: 100000\r\n\r\n{")
+        is_served_soon(service, large(20_000))
+
+
+def test_a_body_over_the_limit_that_stalls_does_not_hold_up_others(
+    start: Callable[..., Service],
+) -> None:
+    service = start()
+    with connect(service) as connection:
+        connection.sendall(HEAD + b"Content-Length: 2000000\r\n\r\n" + b"x" * 1_100_000)
+        wait_for(lambda: unread(service) == 0)
+        is_served_soon(service, large(20_000))
+
+
+def unread(service: Service) -> int:
+    """Return how many bytes its connections still have to read, as the kernel shows them."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    port = f":{service.port:04X}"
+    queues = [row[4] for row in rows if port in (row[1][-5:], row[2][-5:]) and row[3] == "01"]
+    return sum(int(part, 16) for queue in queues for part in queue.split(":"))
+
+
+def test_a_body_behind_a_pipelined_header_has_its_own_deadline(
+    start: Callable[..., Service],
+) -> None:
+    service = start(env={"PAGERDUTY_COMPAT_HEADER_TIMEOUT": "0.5"})
+    with connect(service) as connection:
+        head, _, body = REQUEST.partition(b"\r\n\r\n")
+        connection.sendall(REQUEST + head + b"\r\n\r\n")  # both at once
+        for part in (body[:10], body[10:20], body[20:]):
+            time.sleep(0.4)
+            connection.sendall(part)
+        text = b""
+        while text.count(b"}\n") < 2:
+            text += connection.recv(65_536)
+        assert text.count(b"HTTP/1.1 202 ") == 2
+
+
+def test_clients_that_stay_after_their_answer_do_not_stop_a_thread_worker(
+    start: Callable[..., Service],
+) -> None:
+    service = start("--worker-class=pagerduty_compat.worker.ThreadWorker", "--threads=12")
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            connection = stack.enter_context(connect(service))
+            connection.sendall(b"GET /version HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            assert answer_to(connection).endswith(b"}\n")
+        is_served_soon(service, REQUEST)
+
+
+def test_a_reset_within_a_tls_handshake_is_no_traceback(
+    start: Callable[..., Service], certified: Certified
+) -> None:
+    options, tls = certified
+    service = start(*options, tls=tls)
+    [worker] = children_of(service.process)
+    os.kill(worker, signal.SIGSTOP)  # so that it finds the connection reset
+    for _ in range(5):
+        with connect(service) as connection:
+            linger = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    os.kill(worker, signal.SIGCONT)
+    assert send(service.url, trigger(), tls=tls).status == 202
+    assert "Traceback" not in service.log
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_the_workers_have_their_deadlines_without_the_packaged_settings(
+    start: Callable[..., Service], certified: Certified, worker: str
+) -> None:
+    options, tls = certified
+    command = ("-m", "gunicorn", "pagerduty_compat.server:create_app()")
+    options = [*options, f"--worker-class=pagerduty_compat.worker.{worker}"]
+    service = start(*options, env=HASTY, tls=tls, command=command)
+    with connect(service) as connection:
+        assert answer_to(connection) == b""
+    assert send(service.url, trigger(), tls=tls).status == 202
