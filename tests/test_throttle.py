@@ -272,7 +272,7 @@ def test_a_storm_is_limited_though_redis_is_some_milliseconds_away(server: Redis
         throttle = RedisThrottle(url, 10, on_failure=lambda: failures.append(1))
         wait_for(lambda: throttle.take("other") > 0)  # it is connected
         failures.clear()
-        passed, tried = storm(throttle, threads=16, calls=10)
+        passed, tried = storm(throttle, threads=40, calls=4)
         # On a busy machine some find no answer in time; with one connection most would not.
         assert passed <= 10 + len(failures) < 80 < tried
         line.terminate()
