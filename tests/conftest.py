@@ -200,7 +200,11 @@ class Service(Process):
         # Most tests send more than PagerDuty would take of one routing key.
         env = {"PAGERDUTY_COMPAT_CALLS_PER_MINUTE": "0", **(env or {})}
         super().__init__([sys.executable, *command, bind, *options], folder, env, cwd)
-        wait_for(self._is_ready)
+        try:
+            wait_for(self._is_ready)
+        except BaseException:
+            self.stop()  # nobody else has it to stop
+            raise
 
     def _is_ready(self) -> bool:
         assert self.process.poll() is None, self.log
