@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import KEY, Redis, Service, children_of  # noqa: E402
+from conftest import KEY, Redis, Service, children_of, cpu_seconds  # noqa: E402
 
 from pagerduty_compat.throttle import MAX_KEYS, MemoryThrottle  # noqa: E402
 
@@ -30,12 +30,6 @@ EVENT = (ROOT / "sample/event.json").read_bytes()
 REQUEST = (
     b"POST /v2/enqueue HTTP/1.1\r\nHost: a\r\nX-Routing-Key: %s\r\nContent-Length: %d\r\n\r\n"
 )
-
-
-def cpu(pid: int) -> float:
-    """Return the CPU time of a process so far, in seconds."""
-    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def load(port: int) -> None:
@@ -70,9 +64,9 @@ def carries(folder: Path) -> None:
     for _ in range(ROUNDS + 1):
         for name, service in services.items():
             [worker] = children_of(service.process)
-            before, began = cpu(worker), time.monotonic()
+            before, began = cpu_seconds(worker), time.monotonic()
             load(service.port)
-            costs[name].append((cpu(worker) - before) / EVENTS * 1e6)
+            costs[name].append((cpu_seconds(worker) - before) / EVENTS * 1e6)
             rates[name].append(EVENTS / (time.monotonic() - began))
     print("\n| throttle | CPU per event | to none | events a second |\n|" + " --- |" * 4)
     none = statistics.median(costs["off"][1:])

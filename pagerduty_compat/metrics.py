@@ -13,7 +13,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from .blueprint import Answered
 
-log = logging.getLogger("pagerduty_compat")
+log = logging.getLogger(__name__)
 
 _OUTCOMES = {202: "accepted", 400: "refused", 429: "throttled"}
 

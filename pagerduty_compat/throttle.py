@@ -11,9 +11,10 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from hashlib import sha256
 from queue import Empty, LifoQueue
 from typing import Any, Protocol
+
+from .settings import digest
 
 log = logging.getLogger(__name__)
 
@@ -224,4 +225,4 @@ def _say_lost(error: Exception) -> None:
 
 def _name(routing_key: str) -> str:
     """Return the name in Redis, which others may read: a routing key is a credential."""
-    return f"pagerduty-compat:{sha256(routing_key.encode()).hexdigest()}"
+    return f"pagerduty-compat:{digest(routing_key).hex()}"

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import hostile
-from conftest import KEY, Service, ask, children_of, free_port, is_ready, wait_for
+from conftest import KEY, Service, ask, children_of, cpu_seconds, free_port, is_ready, wait_for
 
 CLIENTS = 6
 SIZES = [200, 1_000, 5_000, 20_000, 100_000, 524_288]
@@ -376,14 +376,9 @@ def memory(pids: list[int]) -> int:
 
 def settle(pids: list[int]) -> None:
     """Wait until processes have nothing left to do, for 2 minutes at most."""
-
-    def cpu() -> int:
-        stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in pids]
-        return sum(int(stat.split()[11]) + int(stat.split()[12]) for stat in stats)
-
     deadline = time.monotonic() + 120
-    before = -100
-    while (now := cpu()) > before + 5 and time.monotonic() < deadline:
+    before = -1.0
+    while (now := sum(map(cpu_seconds, pids))) > before + 0.05 and time.monotonic() < deadline:
         before = now
         time.sleep(1)
 

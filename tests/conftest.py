@@ -125,6 +125,12 @@ def children_of(process: subprocess.Popen[bytes]) -> list[int]:
     return [int(pid) for pid in children.read_text().split()]
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used so far."""
+    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class Process:
     """A server of a test, with its stdout read through a pipe, and ended by the test."""
 

@@ -35,7 +35,7 @@ WORKERS = ["GeventWorker", "ThreadWorker", "SyncWorker"]
 def hasty(start: Callable[..., Service], request: pytest.FixtureRequest) -> Service:
     """A service with short deadlines; a test may ask for a worker class."""
     worker = getattr(request, "param", "GeventWorker")
-    return start(f"--worker-class=pagerduty_compat.worker.{worker}", env=HASTY)
+    return start(of_class(worker), env=HASTY)
 
 
 every_worker = pytest.mark.parametrize("hasty", WORKERS, indirect=True)
@@ -43,6 +43,31 @@ every_worker = pytest.mark.parametrize("hasty", WORKERS, indirect=True)
 
 def connect(service: Service, source: str = "127.0.0.1") -> socket.socket:
     return socket.create_connection(("127.0.0.1", service.port), 20, (source, 0))
+
+
+def of_class(worker: str) -> str:
+    return f"--worker-class=pagerduty_compat.worker.{worker}"
+
+
+def large(size: int) -> bytes:
+    event = json.dumps(trigger(custom="x" * size)).encode()
+    return HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(event), event)
+
+
+def dribble(service: Service, text: bytes) -> bytes:
+    """Send bytes one by one until the service hangs up, and return those that are left."""
+    rest = bytearray(text)
+    with connect(service) as connection, contextlib.suppress(ConnectionError):
+        while rest:
+            connection.sendall(bytes([rest.pop(0)]))
+            time.sleep(0.05)
+    return bytes(rest)
+
+
+def reset(connection: socket.socket) -> None:
+    """Close a connection so that the other side finds it reset."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
 
 
 def exchange(connection: socket.socket) -> bytes:
@@ -72,12 +97,7 @@ def test_the_header_of_a_later_request_is_cut_off_too(hasty: Service) -> None:
 
 @every_worker
 def test_a_header_that_is_dribbled_is_cut_off(hasty: Service) -> None:
-    rest = bytearray(HEAD)
-    with connect(hasty) as connection, contextlib.suppress(ConnectionError):
-        while rest:
-            connection.sendall(bytes([rest.pop(0)]))
-            time.sleep(0.05)
-    assert rest
+    assert dribble(hasty, HEAD)
 
 
 @every_worker
@@ -106,8 +126,7 @@ def test_no_deadline_of_a_client_cuts_a_line_that_is_being_written(hasty: Servic
     hasty.reading.clear()
     send(hasty.url, trigger())  # the reader notices with this one
     with connect(hasty) as connection:
-        event = json.dumps(trigger(custom="x" * 300_000)).encode()
-        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(event), event))
+        connection.sendall(large(300_000))
         time.sleep(1.5)  # the pipe is full for longer than the deadlines
         hasty.reading.set()
         assert connection.recv(100).startswith(b"HTTP/1.1 202 ")
@@ -129,8 +148,7 @@ def test_hanging_up_on_a_client_that_has_gone_fails_nobody_else() -> None:
         theirs = socket.create_connection(listener.getsockname())
         ours, _ = listener.accept()
     with ours:
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        theirs.close()  # a reset
+        reset(theirs)
         worker: Any = SimpleNamespace(idle={}, header_seconds=1)
         client = GeventClient(ours, worker)
         worker.idle[client] = None
@@ -218,8 +236,7 @@ def test_tls_works_with_deadlines_too(
     start: Callable[..., Service], certified: Certified, worker: str
 ) -> None:
     options, tls = certified
-    options = [*options, f"--worker-class=pagerduty_compat.worker.{worker}"]
-    service = start(*options, env=HASTY, tls=tls)
+    service = start(*options, of_class(worker), env=HASTY, tls=tls)
     assert send(service.url, trigger(dedup_key="k"), tls=tls).status == 202
     wait_for(lambda: service.lines)
     with tls.wrap_socket(connect(service), server_hostname="127.0.0.1") as connection:
@@ -235,18 +252,13 @@ def test_a_tls_handshake_that_is_dribbled_is_cut_off(
     start: Callable[..., Service], certified: Certified, worker: str
 ) -> None:
     options, tls = certified
-    options = [*options, f"--worker-class=pagerduty_compat.worker.{worker}"]
-    service = start(*options, env=HASTY, tls=tls)
+    service = start(*options, of_class(worker), env=HASTY, tls=tls)
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     with contextlib.suppress(ssl.SSLWantReadError):
         tls.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1").do_handshake()
-    rest = bytearray(outgoing.read())
-    assert len(rest) > 200
-    with connect(service) as connection, contextlib.suppress(ConnectionError):
-        while rest:
-            connection.sendall(bytes([rest.pop(0)]))
-            time.sleep(0.05)
-    assert rest
+    hello = outgoing.read()
+    assert len(hello) > 200
+    assert dribble(service, hello)
     assert ask(service.url + "/-/ready", method="GET", tls=tls).status == 200
 
 
@@ -261,11 +273,6 @@ def test_an_idle_tls_connection_does_not_hold_up_the_end(
         assert answer_to(connection) == b""
         assert service.process.wait(15) == 0
     assert "Traceback" not in service.log
-
-
-def large(size: int) -> bytes:
-    event = json.dumps(trigger(custom="x" * size)).encode()
-    return HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(event), event)
 
 
 # What follows bounds what one client does to another: each of these waited for 10 s or more.
@@ -327,7 +334,7 @@ def test_a_body_behind_a_pipelined_header_has_its_own_deadline(
 def test_clients_that_stay_after_their_answer_do_not_stop_a_thread_worker(
     start: Callable[..., Service],
 ) -> None:
-    service = start("--worker-class=pagerduty_compat.worker.ThreadWorker", "--threads=12")
+    service = start(of_class("ThreadWorker"), "--threads=12")
     with contextlib.ExitStack() as stack:
         for _ in range(10):
             connection = stack.enter_context(connect(service))
@@ -344,9 +351,7 @@ def test_a_reset_within_a_tls_handshake_is_no_traceback(
     [worker] = children_of(service.process)
     os.kill(worker, signal.SIGSTOP)  # so that it finds the connection reset
     for _ in range(5):
-        with connect(service) as connection:
-            linger = struct.pack("ii", 1, 0)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        reset(connect(service))
     os.kill(worker, signal.SIGCONT)
     assert send(service.url, trigger(), tls=tls).status == 202
     assert "Traceback" not in service.log
@@ -358,8 +363,7 @@ def test_the_workers_have_their_deadlines_without_the_packaged_settings(
 ) -> None:
     options, tls = certified
     command = ("-m", "gunicorn", "pagerduty_compat.server:create_app()")
-    options = [*options, f"--worker-class=pagerduty_compat.worker.{worker}"]
-    service = start(*options, env=HASTY, tls=tls, command=command)
+    service = start(*options, of_class(worker), env=HASTY, tls=tls, command=command)
     with connect(service) as connection:
         assert answer_to(connection) == b""
     assert send(service.url, trigger(), tls=tls).status == 202
